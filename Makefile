@@ -1,0 +1,40 @@
+.PHONY: demo test lint build gpu clean
+
+ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+VENV   := $(ROOT)/.venv
+PYTHON ?= python3
+# The version the project is developed on. Any torch >= 2.10 that .venv already holds is kept.
+TORCH  ?= torch==2.13.0
+EXTRAS ?= test
+RUN    := cd $(ROOT) && $(VENV)/bin/python
+
+demo: $(VENV)/installed-$(EXTRAS)
+	$(RUN) -m maskops demo $(ARGS)
+
+test: $(VENV)/installed-$(EXTRAS)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/installed-$(EXTRAS)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# Builds the wheel without isolation, so with the torch of .venv, installs it in an empty folder and imports it from there.
+build: $(VENV)/installed-$(EXTRAS)
+	rm -rf $(ROOT)/build
+	$(RUN) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(RUN) -m pip install -q --no-deps --target build/site build/wheel/*.whl
+	cd $(ROOT)/build && PYTHONPATH=site $(VENV)/bin/python -m maskops info
+
+# make gpu OUT=folder: on a CUDA machine, with the python3 that has torch and with no network.
+gpu:
+	PYTHON=$(PYTHON) sh $(ROOT)/benchmarks/gpu.sh $(or $(OUT),$(ROOT)/build/gpu)
+
+clean:
+	rm -rf $(ROOT)/build $(ROOT)/maskops.egg-info
+
+$(VENV)/installed-$(EXTRAS): $(ROOT)/pyproject.toml
+	$(VENV)/bin/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/python -m pip install $(TORCH)
+	$(VENV)/bin/python -m pip install -q "setuptools>=77"
+	cd $(ROOT) && $(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	touch $@

@@ -1,0 +1,105 @@
+"""Which backend computes an op, and why not the others."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "reference")
+"""The order of preference. The first backend that has no reason against serving a call serves it."""
+
+OPS: list[str] = []
+"""The names of all ops, in the order in which ``maskops._ops`` defines them."""
+
+
+@cache
+def _load(backend: str) -> ModuleType | str:
+    """The backend's module, or one sentence that says why it is not there."""
+    name = f"maskops.backends.{backend}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return f"this installation has no {backend} backend"
+        return f"the {backend} backend needs {error.name}, which is not installed"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"the {backend} backend failed to load: {str(error).splitlines()[0]}"
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+
+
+def why_not(backend: str, op: str, *tensors: Tensor) -> str | None:
+    """One short sentence that says why ``backend`` can't compute ``op`` on these tensors; None when it can.
+
+    backend: ``"cuda"``, ``"triton"`` or ``"reference"``
+    op:      name of an op, such as ``"masked_conv"``
+    errors:  ValueError for a backend that doesn't exist
+
+    >>> import maskops, torch
+    >>> maskops.why_not("reference", "masked_conv", torch.zeros(1)) is None
+    True
+    """
+    _check_name(backend)
+    module = _load(backend)
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, op):
+        return f"the {backend} backend has no {op}"
+    return module.why_not(op, *tensors)
+
+
+def choose(op: str, arguments: tuple[Any, ...], backend: str | None) -> Callable[..., Any]:
+    """The function that computes ``op`` on these arguments: of the forced backend, else of the first that can serve.
+
+    A backend is forced by ``backend`` or by the environment variable ``MASKOPS_BACKEND``; if a forced backend can't
+    serve the call, the reason is raised and nothing else is tried.
+    """
+    forced = backend or os.environ.get("MASKOPS_BACKEND")
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if forced:
+        reason = why_not(forced, op, *tensors)
+        if reason:
+            raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {reason}")
+        return getattr(_load(forced), op)
+    for candidate in BACKENDS:
+        if why_not(candidate, op, *tensors) is None:
+            return getattr(_load(candidate), op)
+    raise RuntimeError(f"{op}: no backend can serve this call\n{explain(op, *tensors)}")
+
+
+def explain(op: str | None = None, *tensors: Tensor) -> str:
+    """A table of the backends: which one serves ``op`` on these tensors, and why the others don't.
+
+    op:     name of an op; None for a table of all ops
+    errors: ValueError for an op that doesn't exist
+
+    >>> import maskops, torch
+    >>> print(maskops.explain("masked_linear", torch.zeros(2, 3)))  # doctest: +ELLIPSIS
+    masked_linear
+      cuda       ...
+      triton     ...
+      reference  serves
+    """
+    if op is None:
+        return "\n".join(explain(name, *tensors) for name in OPS)
+    if op not in OPS:
+        raise ValueError(f"explain: expected one of {', '.join(OPS)}; got {op!r}")
+    rows = [op]
+    forced = os.environ.get("MASKOPS_BACKEND")
+    served = False
+    for backend in (forced,) if forced else BACKENDS:
+        reason = why_not(backend, op, *tensors)
+        if reason is None:
+            reason = "could serve" if served else "serves"
+            served = True
+        rows.append(f"  {backend:<9}  {reason}" + (" (forced by MASKOPS_BACKEND)" if forced else ""))
+    return "\n".join(rows)

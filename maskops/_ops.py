@@ -1,0 +1,79 @@
+"""The ops: their schemas, their shapes under fake tensors, and the choice of a backend inside each.
+
+An op takes plain tensors and numbers, computes no gradient of its own and checks nothing: the public functions do. Its
+result has the shape, dtype and strides of the reference's, whichever backend computes it, so that the reference run on
+fake tensors describes every backend to torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from maskops import _dispatch
+from maskops.backends import reference
+
+_LIBRARY = torch.library.Library("maskops", "DEF")
+
+_GEOMETRY = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+)
+_LAYER = "Tensor weight, Tensor mask, Tensor? noise"
+_BRANCHES = "Tensor? grad, Tensor? perturbed_grad, Tensor? input, Tensor? perturbed_input"
+
+_SCHEMAS = (
+    f"effective_weight({_LAYER}, ScalarType dtype) -> Tensor",
+    f"effective_weight_backward(Tensor grad, {_LAYER}, bool[3] needs) -> Tensor[]",
+    f"masked_conv(Tensor input, {_LAYER}, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    f"masked_conv_backward(Tensor grad, Tensor? input, {_LAYER}, SymInt[] input_size, {_GEOMETRY}, bool[5] needs) "
+    "-> Tensor[]",
+    f"masked_linear(Tensor input, {_LAYER}, Tensor? bias) -> Tensor",
+    f"masked_linear_backward(Tensor grad, Tensor? input, {_LAYER}, SymInt[] input_size, bool[5] needs) -> Tensor[]",
+    f"dual_masked_conv(Tensor input, Tensor? perturbed_input, {_LAYER}, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor)",
+    f"dual_masked_conv_backward({_BRANCHES}, {_LAYER}, SymInt[] input_size, {_GEOMETRY}, bool[6] needs) -> Tensor[]",
+    f"dual_masked_linear(Tensor input, Tensor? perturbed_input, {_LAYER}, Tensor? bias) -> (Tensor, Tensor)",
+    f"dual_masked_linear_backward({_BRANCHES}, {_LAYER}, SymInt[] input_size, bool[6] needs) -> Tensor[]",
+    "rescale_to_l1_ball(Tensor input, float radius) -> Tensor",
+    "project_onto_l1_ball(Tensor input, float radius) -> Tensor",
+    "mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
+    "Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float l1, Tensor lower, "
+    "float upper) -> ()",
+    "mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!)? momentum_buffer, "
+    "Tensor lr, float momentum, float l1, Tensor lower, float upper) -> ()",
+    "relu_bits(Tensor input, float upper) -> (Tensor, Tensor)",
+    "relu_bits_(Tensor(a!) input, float upper) -> Tensor",
+    "relu_bits_backward(Tensor grad, Tensor bits) -> Tensor",
+    "max_pool_winners(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "bool ceil_mode) -> (Tensor, Tensor)",
+    "max_pool_winners_backward(Tensor grad, Tensor winners, SymInt[] input_size, SymInt[2] kernel_size, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> Tensor",
+)
+
+
+def _register(schema: str) -> None:
+    name = schema[: schema.index("(")]
+    arguments, result = schema.rsplit(") -> ", 1)
+    _LIBRARY.define(f"{arguments}, str? backend=None) -> {result}")
+    _LIBRARY.impl(name, _implementation(name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"maskops::{name}", _fake(name), lib=_LIBRARY)
+    _dispatch.OPS.append(name)
+
+
+def _implementation(name: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any, backend: str | None = None) -> Any:
+        return _dispatch.choose(name, arguments, backend)(*arguments)
+
+    return implementation
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    def fake(*arguments: Any, backend: str | None = None) -> Any:
+        return getattr(reference, name)(*arguments)
+
+    return fake
+
+
+for _schema in _SCHEMAS:
+    _register(_schema)

@@ -1,0 +1,53 @@
+"""The formulas in plain torch: the definition of right, in every floating dtype, on every device."""
+
+from torch import Tensor
+
+from maskops.backends.reference.l1_ball import project_onto_l1_ball, rescale_to_l1_ball
+from maskops.backends.reference.layers import (
+    dual_masked_conv,
+    dual_masked_conv_backward,
+    dual_masked_linear,
+    dual_masked_linear_backward,
+    effective_weight,
+    effective_weight_backward,
+    masked_conv,
+    masked_conv_backward,
+    masked_linear,
+    masked_linear_backward,
+)
+from maskops.backends.reference.mask_step import mask_adam_step_, mask_sgd_step_
+from maskops.backends.reference.sign_bits import (
+    max_pool_winners,
+    max_pool_winners_backward,
+    relu_bits,
+    relu_bits_,
+    relu_bits_backward,
+)
+
+__all__ = [
+    "dual_masked_conv",
+    "dual_masked_conv_backward",
+    "dual_masked_linear",
+    "dual_masked_linear_backward",
+    "effective_weight",
+    "effective_weight_backward",
+    "mask_adam_step_",
+    "mask_sgd_step_",
+    "masked_conv",
+    "masked_conv_backward",
+    "masked_linear",
+    "masked_linear_backward",
+    "max_pool_winners",
+    "max_pool_winners_backward",
+    "project_onto_l1_ball",
+    "relu_bits",
+    "relu_bits_",
+    "relu_bits_backward",
+    "rescale_to_l1_ball",
+    "why_not",
+]
+
+
+def why_not(op: str, *tensors: Tensor) -> str | None:
+    """The reference serves everything."""
+    return None

@@ -1,0 +1,141 @@
+"""Masked convolution and linear layers, forward and backward, and the effective weight they share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def effective_weight(weight: Tensor, mask: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``weight * mask``, or ``weight * (mask + noise)``."""
+    factor = mask if noise is None else mask + noise
+    return (weight * factor).to(dtype)
+
+
+def effective_weight_backward(
+    grad: Tensor, weight: Tensor, mask: Tensor, noise: Tensor | None, needs: list[bool]
+) -> list[Tensor]:
+    """``grad * (mask + noise)`` for the weight; ``grad * weight``, summed where broadcast, for mask and noise."""
+    need_weight, need_mask, need_noise = needs
+    grads = []
+    if need_weight:
+        grads.append((grad * (mask if noise is None else mask + noise)).to(weight.dtype))
+    if need_mask or need_noise:
+        product = grad * weight
+        grads += [
+            product.sum_to_size(to.shape).to(to.dtype) for to, need in ((mask, need_mask), (noise, need_noise)) if need
+        ]
+    return grads
+
+
+def masked_conv(
+    input, weight, mask, noise, bias, stride, padding, dilation, transposed, output_padding, groups
+) -> Tensor:
+    """``conv(input, effective_weight(weight, mask, noise), bias)``."""
+    effective = effective_weight(weight, mask, noise, input.dtype)
+    return aten.convolution(input, effective, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def masked_conv_backward(
+    grad, input, weight, mask, noise, input_size, stride, padding, dilation, transposed, output_padding, groups, needs
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
+    need_input, *need_factors, need_bias = needs
+    if need_input:
+        effective = effective_weight(weight, mask, noise, grad.dtype)
+    else:
+        effective = weight.to(grad.dtype)
+    if input is None:
+        input = grad.new_empty(()).expand(input_size)
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    bias_size = [weight.shape[1] * groups if transposed else weight.shape[0]]
+    grad_input, grad_effective, grad_bias = aten.convolution_backward(
+        grad, input, effective, bias_size, *geometry, [need_input, any(need_factors), need_bias]
+    )
+    return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs)
+
+
+def masked_linear(input, weight, mask, noise, bias) -> Tensor:
+    """``linear(input, effective_weight(weight, mask, noise), bias)``."""
+    return F.linear(input, effective_weight(weight, mask, noise, input.dtype), bias)
+
+
+def masked_linear_backward(grad, input, weight, mask, noise, input_size, needs) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
+    need_input, *need_factors, need_bias = needs
+    grad_input = grad_effective = grad_bias = None
+    if need_input:
+        grad_input = grad @ effective_weight(weight, mask, noise, grad.dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if any(need_factors):
+        grad_effective = rows.t() @ input.reshape(-1, input.shape[-1])
+    if need_bias:
+        grad_bias = rows.sum(0)
+    return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs)
+
+
+def _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs) -> list[Tensor]:
+    need_input, *need_factors, need_bias = needs
+    grads = [grad_input] if need_input else []
+    if any(need_factors):
+        grads += effective_weight_backward(grad_effective, weight, mask, noise, need_factors)
+    return [*grads, grad_bias] if need_bias else grads
+
+
+def dual_masked_conv(input, perturbed_input, weight, mask, noise, bias, *geometry) -> tuple[Tensor, Tensor]:
+    """``masked_conv`` of the input without noise, and of the perturbed input (or the same input) with noise."""
+    perturbed_input = input if perturbed_input is None else perturbed_input
+    clean = masked_conv(input, weight, mask, None, bias, *geometry)
+    return clean, masked_conv(perturbed_input, weight, mask, noise, bias, *geometry)
+
+
+def dual_masked_conv_backward(
+    grad, perturbed_grad, input, perturbed_input, weight, mask, noise, input_size, *geometry_and_needs
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
+    *geometry, needs = geometry_and_needs
+
+    def branch(grad, input, noise, needs):
+        return masked_conv_backward(grad, input, weight, mask, noise, input_size, *geometry, needs)
+
+    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, noise, needs)
+
+
+def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias) -> tuple[Tensor, Tensor]:
+    """``masked_linear`` of the input without noise, and of the perturbed input (or the same input) with noise."""
+    perturbed_input = input if perturbed_input is None else perturbed_input
+    return masked_linear(input, weight, mask, None, bias), masked_linear(perturbed_input, weight, mask, noise, bias)
+
+
+def dual_masked_linear_backward(
+    grad, perturbed_grad, input, perturbed_input, weight, mask, noise, input_size, needs
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
+
+    def branch(grad, input, noise, needs):
+        return masked_linear_backward(grad, input, weight, mask, noise, input_size, needs)
+
+    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, noise, needs)
+
+
+def _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, noise, needs) -> list[Tensor]:
+    need_input, need_perturbed_input, need_weight, need_mask, need_noise, need_bias = needs
+    totals: dict[str, Tensor] = {}
+
+    def add(names, needed, grads):
+        wanted = [name for name, need in zip(names, needed, strict=True) if need]
+        for name, value in zip(wanted, grads, strict=True):
+            totals[name] = totals[name] + value if name in totals else value
+
+    if grad is not None:
+        needed = [need_input, need_weight, need_mask, False, need_bias]
+        add(("input", "weight", "mask", "noise", "bias"), needed, branch(grad, input, None, needed))
+    if perturbed_grad is not None:
+        needed = [need_perturbed_input, need_weight, need_mask, need_noise, need_bias]
+        names = ("perturbed_input", "weight", "mask", "noise", "bias")
+        add(names, needed, branch(perturbed_grad, perturbed_input, noise, needed))
+    order = ("input", "perturbed_input", "weight", "mask", "noise", "bias")
+    return [totals[name] for name, need in zip(order, needs, strict=True) if need]

@@ -1,0 +1,161 @@
+"""Any model maskable in place, and plain again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.parameter import Parameter
+
+from maskops.nn import CONVOLUTIONS, LINEAR, MASKED, NORMS, MaskedLayer
+
+LAYERS = {"conv": CONVOLUTIONS, "linear": LINEAR, "norm": NORMS}
+
+
+def mask_(
+    model: nn.Module,
+    granularity: str = "weight",
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    layers: str | Sequence[str] = "conv",
+) -> nn.Module:
+    """Make the layers of a model masked, in place, with masks of ones; return the model.
+
+    Each chosen layer keeps its identity, parameters, hooks and name and becomes its masked sister: ``nn.Conv2d``
+    becomes :class:`maskops.MaskedConv2d`. Outputs stay the same until a mask changes. No parameter's ``requires_grad``
+    is touched: call ``model.requires_grad_(False)`` first to train the masks alone. Layers that share one weight share
+    one mask. When anything is refused, nothing has been changed.
+
+    model:       any nn.Module, also one that is a layer itself
+    granularity: ``"weight"``, ``"kernel"`` or ``"neuron"``; normalisation layers always have a value per channel
+    include:     patterns (as in fnmatch) of layer names, the names of ``model.named_modules()``
+    exclude:     patterns of names to leave out
+    layers:      kinds of layers: ``"conv"`` (also transposed), ``"linear"``, ``"norm"`` (batch norm, layer norm)
+    errors:      ValueError for a pattern that fits no name, for a model in which nothing is left to mask, and, with the
+                 names, for layers that can't be masked: masked already, parametrised, subclasses with their own code,
+                 weights shared with a layer that isn't masked
+
+    >>> model = mask_(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3)), exclude="0")
+    >>> [name for name, _ in model.named_parameters()]
+    ['0.weight', '0.bias', '2.weight', '2.bias', '2.mask']
+    """
+    chosen = _choose(model, _as_tuple(include), _as_tuple(exclude), _as_tuple(layers))
+    groups = _tied_groups(model, chosen)
+    shells = [MASKED[type(layer)].from_module(layer, granularity) for layer in chosen.values()]
+    del shells  # made only to find out, before anything changes, whether every layer can be masked
+    for layer in chosen.values():
+        MASKED[type(layer)]._become_masked(layer, granularity)
+    for first, *others in groups:
+        for other in others:
+            setattr(other, other.mask_name, getattr(first, first.mask_name))
+    return model
+
+
+def fold_(model: nn.Module) -> nn.Module:
+    """Bake the masks into the weights, in place, and give back plain layers; return the model.
+
+    The classes and state_dict keys are those from before :func:`mask_`; every folded weight is a new parameter equal to
+    ``weight * mask``, so tensors shared with other models stay as they are. Noise is the adversary's and is dropped.
+
+    errors: ValueError for a model without masked layers
+
+    >>> model = mask_(nn.Conv2d(1, 1, 1, bias=False))
+    >>> _ = model.mask.data.fill_(0.5)
+    >>> before = model(torch.ones(1, 1, 1, 1))
+    >>> torch.equal(fold_(model)(torch.ones(1, 1, 1, 1)), before), type(model).__name__
+    (True, 'Conv2d')
+    """
+    layers = masked_layers(model)
+    if not layers:
+        raise ValueError("fold_: expected a model with masked layers; got none")
+    folded: dict[int, Parameter] = {}
+    with torch.no_grad():
+        for layer in layers.values():
+            weight = layer.weight
+            for name in layer.noise_names:
+                setattr(layer, name, None)
+            if id(weight) not in folded:
+                folded[id(weight)] = Parameter(layer.effective_weight(), requires_grad=weight.requires_grad)
+            layer.weight = folded[id(weight)]
+            layer._become_plain()
+    return model
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """The masked layers of a model by name.
+
+    >>> list(masked_layers(mask_(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))))
+    ['0']
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+
+
+def masks(model: nn.Module) -> dict[str, Parameter]:
+    """The masks of a model by the name of the parameter, such as ``"conv1.mask"``; a shared mask once.
+
+    >>> list(masks(mask_(nn.Sequential(nn.Conv2d(1, 1, 1)))))
+    ['0.mask']
+    """
+    kept = {id(getattr(layer, layer.mask_name)) for layer in masked_layers(model).values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in kept}
+
+
+def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _choose(model, include, exclude, kinds) -> dict[str, nn.Module]:
+    """The layers to mask by name; raises if one of them can't be masked."""
+    for kind in kinds:
+        if kind not in LAYERS:
+            raise ValueError(f"mask_: layers must be among {', '.join(LAYERS)}; got {kind!r}")
+    plain = tuple(masked.plain for kind in kinds for masked in LAYERS[kind])
+    candidates = {name: module for name, module in model.named_modules() if isinstance(module, plain)}
+    for pattern in (*include, *exclude):
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in candidates):
+            raise ValueError(f"mask_: pattern {pattern!r} fits none of the model's {' or '.join(kinds)} layers")
+    chosen = {
+        name: module
+        for name, module in candidates.items()
+        if any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    if not chosen:
+        raise ValueError(f"mask_: the model has no {' or '.join(kinds)} layer to mask")
+    refused = {name: reason for name, module in chosen.items() if (reason := _why_not(module))}
+    if refused:
+        reasons = "; ".join(f"{name or 'the model itself'} {reason}" for name, reason in refused.items())
+        raise ValueError(f"mask_: can't mask {reasons}. Leave them out with exclude=")
+    return chosen
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if isinstance(module, MaskedLayer):
+        return "is masked already"
+    if nn.utils.parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "is parametrised"
+    if type(module) not in MASKED:
+        return f"is a {type(module).__name__}, a subclass with code of its own"
+    if module.weight is None:
+        return "has no weight"
+    return None
+
+
+def _tied_groups(model: nn.Module, chosen: dict[str, nn.Module]) -> list[list[nn.Module]]:
+    """Chosen layers that share one weight, in groups; raises when a weight is also used where there will be no mask."""
+    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((name, module))
+    groups = []
+    for name, layer in chosen.items():
+        tied = users[id(layer.weight)]
+        for other_name, other in tied:
+            if type(other) is not type(layer) or not any(other is candidate for candidate in chosen.values()):
+                raise ValueError(f"mask_: {name} shares its weight with {other_name}, which would stay without a mask")
+        if len(tied) > 1 and tied[0][1] is layer:
+            groups.append([module for _, module in tied])
+    return groups

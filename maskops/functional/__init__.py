@@ -1,0 +1,29 @@
+"""The public functions: what each computes, on what, with which gradients."""
+
+from maskops.functional.conv import (
+    dual_masked_conv2d,
+    masked_conv1d,
+    masked_conv2d,
+    masked_conv3d,
+    masked_conv_transpose2d,
+)
+from maskops.functional.l1_ball import project_onto_l1_ball, rescale_to_l1_ball
+from maskops.functional.linear import dual_masked_linear, masked_linear
+from maskops.functional.norm import masked_batch_norm, masked_layer_norm
+from maskops.functional.weight import clip_mask_, effective_weight
+
+__all__ = [
+    "clip_mask_",
+    "dual_masked_conv2d",
+    "dual_masked_linear",
+    "effective_weight",
+    "masked_batch_norm",
+    "masked_conv1d",
+    "masked_conv2d",
+    "masked_conv3d",
+    "masked_conv_transpose2d",
+    "masked_layer_norm",
+    "masked_linear",
+    "project_onto_l1_ball",
+    "rescale_to_l1_ball",
+]

@@ -1,0 +1,176 @@
+"""The gradients: what a backward keeps is what the gradients that were asked for need, and nothing else.
+
+With e = weight * (mask + noise), y = layer(input, e) + bias and g = dL/dy:
+
+    dL/dinput  = layerᵀ(g, e)                             needs weight, mask, noise
+    dL/de      = the plain layer's weight gradient        needs input
+    dL/dmask   = dL/dnoise = reduce(weight * dL/de)       needs input, weight
+    dL/dweight = (mask + noise) * dL/de                   needs input, mask, noise
+
+e and dL/de are never kept. Under ``create_graph=True`` the same formulas run as plain, differentiable torch.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from maskops.backends import reference
+
+_ops = torch.ops.maskops
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts a layer's input now; None when it does not."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def autocast_off(tensor: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
+    """No autocast inside, where the casts to ``dtype`` have been made; nothing to do where there are none."""
+    return nullcontext() if dtype is None else torch.autocast(tensor.device.type, enabled=False)
+
+
+def _compute(op: str, *arguments: Any, backend: str | None) -> Any:
+    """The op in a backward; as differentiable torch when a graph of the backward is being made."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return getattr(reference, op)(*arguments)
+    return getattr(_ops, op)(*arguments, backend=backend)
+
+
+def _deal(grads: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    """The computed gradients at the places of the inputs that asked for them, None elsewhere."""
+    remaining = iter(grads)
+    return [next(remaining) if need else None for need in needs]
+
+
+def run(function: type[Function], *arguments: Any) -> Any:
+    """The function with its lean backward; under the transforms of torch.func its formula in differentiable torch."""
+    # backend is the last argument of every function
+    if torch._C._are_functorch_transforms_active():
+        return function.formula(*arguments[:-1])
+    return function.apply(*arguments)
+
+
+class EffectiveWeight(Function):
+    """``weight * (mask + noise)`` in ``dtype``."""
+
+    formula = staticmethod(reference.effective_weight)
+
+    @staticmethod
+    def forward(ctx, weight, mask, noise, dtype, backend):
+        ctx.backend = backend
+        ctx.save_for_backward(weight, mask, noise)
+        return _ops.effective_weight(weight, mask, noise, dtype, backend=backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = list(ctx.needs_input_grad[:3])
+        grads = _compute("effective_weight_backward", grad, *ctx.saved_tensors, needs, backend=ctx.backend)
+        return *_deal(grads, needs), None, None
+
+
+class MaskedLayer(Function):
+    """A masked convolution (kind ``"conv"``, geometry as the op takes it) or linear layer (``"linear"``, ``()``)."""
+
+    @staticmethod
+    def formula(input, weight, mask, noise, bias, kind, geometry):
+        return getattr(reference, f"masked_{kind}")(input, weight, mask, noise, bias, *geometry)
+
+    @staticmethod
+    def forward(ctx, input, weight, mask, noise, bias, kind, geometry, backend):
+        ctx.kind, ctx.geometry, ctx.backend, ctx.input_size = kind, geometry, backend, input.shape
+        need_factors = any(ctx.needs_input_grad[1:4])
+        # weight, mask and noise are parameters: keeping them costs a reference each.
+        ctx.save_for_backward(input if need_factors else None, weight, mask, noise)
+        return getattr(_ops, f"masked_{kind}")(input, weight, mask, noise, bias, *geometry, backend=backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, mask, noise = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        grads = _compute(
+            f"masked_{ctx.kind}_backward",
+            *(grad, input, weight, mask, noise, ctx.input_size, *ctx.geometry, needs),
+            backend=ctx.backend,
+        )
+        return *_deal(grads, needs), None, None, None
+
+
+class DualMaskedLayer(Function):
+    """The clean and the perturbed output of a masked layer in one pass."""
+
+    @staticmethod
+    def formula(input, perturbed_input, weight, mask, noise, bias, kind, geometry):
+        return getattr(reference, f"dual_masked_{kind}")(input, perturbed_input, weight, mask, noise, bias, *geometry)
+
+    @staticmethod
+    def forward(ctx, input, perturbed_input, weight, mask, noise, bias, kind, geometry, backend):
+        ctx.kind, ctx.geometry, ctx.backend, ctx.input_size = kind, geometry, backend, input.shape
+        ctx.set_materialize_grads(False)
+        kept = (input, perturbed_input) if any(ctx.needs_input_grad[2:5]) else (None, None)
+        ctx.save_for_backward(*kept, weight, mask, noise)
+        other = None if perturbed_input is input else perturbed_input
+        op = getattr(_ops, f"dual_masked_{kind}")
+        return op(input, other, weight, mask, noise, bias, *geometry, backend=backend)
+
+    @staticmethod
+    def backward(ctx, grad, perturbed_grad):
+        needs = list(ctx.needs_input_grad[:6])
+        needs[0] &= grad is not None
+        needs[1] &= perturbed_grad is not None
+        needs[4] &= perturbed_grad is not None
+        if grad is None and perturbed_grad is None:
+            return (None,) * 9
+        grads = _compute(
+            f"dual_masked_{ctx.kind}_backward",
+            *(grad, perturbed_grad, *ctx.saved_tensors, ctx.input_size, *ctx.geometry, needs),
+            backend=ctx.backend,
+        )
+        return *_deal(grads, needs), None, None, None
+
+
+class RescaleToL1Ball(Function):
+    """Outside the ball, with n = sum|x| and s = sign(x): dx = radius / n * (g - s * sum(g * x) / n)."""
+
+    formula = staticmethod(reference.rescale_to_l1_ball)
+
+    @staticmethod
+    def forward(ctx, input, radius, backend):
+        ctx.radius = radius
+        ctx.save_for_backward(input)
+        return _ops.rescale_to_l1_ball(input, radius, backend=backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (input,) = ctx.saved_tensors
+        norm = input.abs().sum(1, keepdim=True)
+        radial = input.sign() * (grad * input).sum(1, keepdim=True) / norm
+        return torch.where(norm <= ctx.radius, grad, ctx.radius / norm * (grad - radial)), None, None
+
+
+class ProjectOntoL1Ball(Function):
+    """Outside the ball, with the support S = {y != 0} and s = sign(y): dx = 1_S * (g - s * sum_S(g * s) / |S|)."""
+
+    formula = staticmethod(reference.project_onto_l1_ball)
+
+    @staticmethod
+    def forward(ctx, input, radius, backend):
+        output = _ops.project_onto_l1_ball(input, radius, backend=backend)
+        ctx.radius = radius
+        ctx.save_for_backward(input, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, output = ctx.saved_tensors
+        inside = input.abs().sum(1, keepdim=True) <= ctx.radius
+        sign = output.sign()
+        mean = (grad * sign).sum(1, keepdim=True) / sign.abs().sum(1, keepdim=True).clamp_min(1)
+        return torch.where(inside, grad, sign.abs() * grad - sign * mean), None, None
