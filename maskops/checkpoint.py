@@ -243,7 +243,9 @@ def _write_atomically(function: str, path: Path, write: Callable[[Path], None]) 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors leaves its files to their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

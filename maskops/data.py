@@ -1,7 +1,7 @@
 """Clean images from arrays, datasets, .npz files and class folders; random, few-shot and one-shot choices of them.
 
-Always two tensors in pixel space: images (N, C, H, W) float32 in [0, 1] and labels (N,) int64. Normalisation by mean and
-std belongs to the model.
+Always two tensors in pixel space: images (N, C, H, W) float32 in [0, 1] and labels (N,) int64. Normalisation by mean
+and std belongs to the model.
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
     size:    images of a folder are resized to size x size (bilinear); None: they must all have one size
     returns: as as_tensors
     errors:  ValueError, one line that names the file, ImportError where a folder is read without Pillow
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/clean.npz", x_test=np.zeros((2, 3, 8, 8), np.uint8), y_test=np.array([1, 0]))
+    ...     images, labels = load_images(f"{folder}/clean.npz:test")
+    >>> images.shape, labels
+    (torch.Size([2, 3, 8, 8]), tensor([1, 0]))
     """
     if size is not None and size < 1:
         raise ValueError(f"load_images: size must be at least 1; got {size}")

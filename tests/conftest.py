@@ -1,10 +1,15 @@
 import os
+from collections import Counter
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from maskops import _dispatch
+
+_served: Counter[tuple[str, str]] = Counter()
 
 
 def pytest_collection_modifyitems(items):
@@ -17,3 +22,44 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=_dispatch.BACKENDS)
+def backend(request):
+    """Each backend that is there; the others are skipped with their reason."""
+    reason = _dispatch._load(request.param)
+    if isinstance(reason, str):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _served_are_counted():
+    """Every choice of a backend is counted, so that a run in which a backend computed nothing can't look green."""
+    choose = _dispatch.choose
+
+    def choose_and_count(op, arguments, backend):
+        function = choose(op, arguments, backend)
+        served_by = next(name for name in _dispatch.BACKENDS if getattr(_dispatch._load(name), op, None) is function)
+        _served[served_by, op] += 1
+        return function
+
+    _dispatch.choose = choose_and_count
+    yield
+    _dispatch.choose = choose
+
+
+def pytest_terminal_summary(terminalreporter):
+    for backend in _dispatch.BACKENDS:
+        ops = [op for op in _dispatch.OPS if _served[backend, op]]
+        line = f"backend {backend}: {len(ops)} of {len(_dispatch.OPS)} ops exercised"
+        missing = [op for op in _dispatch.OPS if op not in ops]
+        reason = _dispatch._load(backend)
+        if isinstance(reason, str):
+            line += f" ({reason})"
+        elif missing:
+            line += f"; not exercised: {', '.join(missing)}"
+        terminalreporter.write_line(line, yellow=bool(missing))
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}", yellow=True)

@@ -2,27 +2,99 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+aten = torch.ops.aten
 
 _GATHER = 0x0102040810204080
 """Multiplying eight bytes of 0 or 1, read as one integer, by this puts the eight bits into the highest byte."""
 
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers as wide as an element of so many bytes."""
+
 
 def relu_bits(input: Tensor, upper: float) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    """``clamp(input, 0, upper)``, and a bit per element, in the output's memory order: 1 where the gradient passes.
+
+    It passes unless ``output <= 0`` or, for a finite ``upper``, ``output >= upper``; so it passes at NaN. Element 8i + j
+    is bit j of byte i; the last byte is filled up with zeros.
+    """
+    output = input.relu() if upper == math.inf else aten.hardtanh(input, 0, upper)
+    return output, _pack(output, upper)
 
 
 def relu_bits_(input: Tensor, upper: float) -> Tensor:
-    raise NotImplementedError
+    """The bits of ``relu_bits``; the output overwrites the input, which has no gaps in memory."""
+    return _pack(input.relu_() if upper == math.inf else aten.hardtanh_(input, 0, upper), upper)
 
 
 def relu_bits_backward(grad: Tensor, bits: Tensor) -> Tensor:
-    raise NotImplementedError
+    """``grad`` where the bit is 1, else 0. ``grad`` has the strides that the output of ``relu_bits`` had."""
+    word = _WORDS[grad.element_size()]
+    table = -(torch.arange(256, device=grad.device).unsqueeze(1) >> torch.arange(8, device=grad.device) & 1).to(word)
+    result = table.index_select(0, bits.int()).view(-1)
+    result[: grad.numel()].bitwise_and_(_in_memory_order(grad).view(word))
+    return result.view(grad.dtype).as_strided(grad.shape, grad.stride())
 
 
 def max_pool_winners(input, kernel_size, stride, padding, dilation, ceil_mode) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    """``max_pool2d``, and for each window the winner's place in it, row by row, in a byte: at most 256 places."""
+    output, indices = aten.max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
+    rows, columns = (torch.arange(size, device=input.device) for size in input.shape[-2:])
+    # a place in the image, on a scale on which a step inside the window is dilation[0] * dilation[1] times its width
+    along_rows, along_columns = kernel_size[1] * dilation[1], dilation[0]
+    places = (rows.unsqueeze(1) * along_rows + columns * along_columns).view(-1)
+    top, left = _corners(indices, stride, padding)
+    place = _look_up(places, indices).sub_(top * along_rows + left * along_columns)
+    if dilation[0] * dilation[1] > 1:
+        place = place.floor_divide_(dilation[0] * dilation[1])
+    return output, place.to(torch.uint8)
 
 
 def max_pool_winners_backward(grad, winners, input_size, kernel_size, stride, padding, dilation) -> Tensor:
-    raise NotImplementedError
+    """Each window's gradient, added where its winner was; differentiable, and laid out as the winners are."""
+    rows, columns = (
+        torch.arange(size, device=grad.device) * step for size, step in zip(kernel_size, dilation, strict=True)
+    )
+    offsets = (rows.unsqueeze(1) * input_size[-1] + columns).view(-1)
+    top, left = _corners(winners, stride, padding)
+    indices = _look_up(offsets, winners.int()).add_(top * input_size[-1] + left)
+    input = grad.new_empty(input_size)
+    if winners.dim() == 4 and winners.is_contiguous(memory_format=torch.channels_last) and not winners.is_contiguous():
+        input = torch.empty_like(input, memory_format=torch.channels_last)
+    ceil_mode = False  # says nothing more, once the output's size is known
+    return aten.max_pool2d_with_indices_backward(
+        grad, input, kernel_size, stride, padding, dilation, ceil_mode, indices
+    )
+
+
+def _pack(output: Tensor, upper: float) -> Tensor:
+    stops = output <= 0
+    if upper < math.inf:
+        stops.logical_or_(output >= upper)
+    passes = _in_memory_order(stops.logical_not_())
+    if passes.numel() % 8:
+        passes = F.pad(passes, (0, -passes.numel() % 8))
+    return passes.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def _in_memory_order(dense: Tensor) -> Tensor:
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def _look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """``table[indices]``, laid out as ``indices``, which has no gaps in memory."""
+    return table.index_select(0, _in_memory_order(indices)).as_strided(indices.shape, indices.stride())
+
+
+def _corners(windows: Tensor, stride: list[int], padding: list[int]) -> tuple[Tensor, Tensor]:
+    """The upper left corner of each window in the unpadded image: rows as (height, 1), columns as (width,)."""
+    top, left = (
+        torch.arange(size, device=windows.device) * step - pad
+        for size, step, pad in zip(windows.shape[-2:], stride, padding, strict=True)
+    )
+    return top.unsqueeze(1), left

@@ -1,0 +1,121 @@
+"""The flat buffers of one run: θ, m, effective weights and their gradients, of which the layers' tensors are views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+_ops = torch.ops.maskops
+_ALIGNMENT = 16  # elements: 16-byte vectors for every dtype down to one byte
+
+
+class MaskArena:
+    """Weights, masks, effective weights and gradients of many layers in one buffer each.
+
+    A layer that computes with ``effective_weights[name]``, a leaf of the graph, needs nothing of masks: its gradient
+    accumulates in the arena, and the mask step of :class:`maskops.optim.MaskAdam` or :class:`maskops.optim.MaskSGD`,
+    one launch over the buffers, turns it into new masks and new effective weights.
+
+    weights: name -> θ of any shape, all of one dtype and device; 4-D and 5-D weights are kept in channels_last order
+    masks:   name -> m, broadcastable to its weight; their values are copied, their dtypes promoted to one
+    dtype:   dtype of the effective weights; the weights' by default
+    errors:  ValueError when the names differ, or when there are none
+
+    >>> arena = MaskArena({"conv": torch.full((2, 3), 2.0)}, {"conv": torch.full((2, 1), 0.5)})
+    >>> arena.effective_weights["conv"]
+    Parameter containing:
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]], requires_grad=True)
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        if not weights or weights.keys() != masks.keys():
+            raise ValueError(
+                f"MaskArena: expected one mask per weight; got weights {list(weights)} and masks {list(masks)}"
+            )
+        dtype = next(iter(weights.values())).dtype if dtype is None else dtype
+        self._elementwise = all(masks[name].shape == weights[name].shape for name in weights)
+        self.weight, self.weights = _pack(weights)
+        mask, self.masks = _pack(masks)
+        self.mask = Parameter(mask)
+        self.effective, effective_views = _pack(weights, dtype)
+        self.grad, grads = _pack(weights, dtype)
+        self.grad.zero_()
+        self.effective_weights = {name: Parameter(view) for name, view in effective_views.items()}
+        for name, grad in grads.items():
+            self.effective_weights[name].grad = grad
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Effective weights from weights and masks; the mask step does this by itself."""
+        for name, effective in self.effective_weights.items():
+            effective.copy_(_ops.effective_weight(self.weights[name], self.masks[name], None, effective.dtype))
+
+    def per_mask(self, values: Mapping[str, float]) -> Tensor:
+        """One number per layer as a tensor that broadcasts to the flat masks, such as NFT's lower bounds μ(l)."""
+        flat = torch.zeros_like(self.mask, requires_grad=False)
+        for name, view in _views(flat, self.masks).items():
+            view.fill_(values[name])
+        return flat
+
+    def step_arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What a mask step works on: masks and gradient; θ and effective weight too where the masks have its shape."""
+        if self._elementwise:
+            return self.mask, self.grad, self.weight, self.effective
+        grad = torch.zeros_like(self.mask)
+        for name, view in _views(grad, self.masks).items():
+            needs = [False, True, False]
+            effective_grad = self.effective_weights[name].grad
+            arguments = (effective_grad, self.weights[name], self.masks[name], None, needs)
+            view.copy_(_ops.effective_weight_backward(*arguments)[0])
+        return self.mask, grad, None, None
+
+    def finish_step(self) -> None:
+        """After a mask step: effective weights that the step didn't write, and gradients of zero."""
+        if not self._elementwise:
+            self.refresh()
+        self.grad.zero_()
+
+
+def _pack(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tensors in one flat buffer with zeros between them, and the views of their shapes in it."""
+    values = list(tensors.values())
+    dtype = _widest(values) if dtype is None else dtype
+    flat = torch.zeros(sum(_length(value) for value in values), dtype=dtype, device=values[0].device)
+    views = _views(flat, tensors)
+    for name, view in views.items():
+        view.copy_(tensors[name].detach())
+    return flat, views
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    dtypes = {tensor.dtype for tensor in tensors}
+    widest = dtypes.pop()
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _views(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    views, start = {}, 0
+    for name, tensor in like.items():
+        views[name] = _view(flat[start : start + tensor.numel()], tensor.shape)
+        start += _length(tensor)
+    return views
+
+
+def _length(tensor: Tensor) -> int:
+    return -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _view(segment: Tensor, shape: torch.Size) -> Tensor:
+    """The segment as a tensor of this shape: (out, spatial…, in) in memory for convolutions, row by row otherwise."""
+    if len(shape) in (4, 5):
+        return segment.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return segment.view(shape)

@@ -1,0 +1,373 @@
+"""A mode in which frozen ops save only what their backward needs, and a counter of what is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ContextDecorator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from maskops import _ops as _ops
+from maskops.backends import reference
+
+aten = torch.ops.aten
+
+
+class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
+    """A context, or a decorator, in which any model's frozen ops save only what the gradient of their input needs.
+
+    ================================  =====================================  ==========================================
+    op, weights frozen                plain torch saves                      in this mode
+    ================================  =====================================  ==========================================
+    relu, relu6, hardtanh(0, upper)   the output or the input                1 bit per element
+    elu with alpha >= 0               the input                              the output, which a next layer may save too
+    max_pool2d                        the input and 8 bytes per window       1 byte per window
+    avg_pool2d, adaptive_avg_pool2d   the input                              nothing
+    batch_norm in eval mode           the input                              nothing
+    conv1d-3d, conv_transpose1d-3d    the input                              nothing
+    ================================  =====================================  ==========================================
+
+    "Nothing" is beside the model's own weights and running statistics. The model is not changed, outputs are plain
+    torch's, and so are gradients, bit for bit: where plain torch reads its saved input's shape alone, the same backward
+    runs on uninitialised memory of that shape. elu's gradient comes from its output instead of its input and is within
+    an absolute rounding error of ``alpha * eps``; an output of elu that is modified in place before the backward
+    raises autograd's error, as after an in-place elu in plain torch.
+
+    Plain torch, unchanged, serves everything else: other ops (a linear layer with a frozen weight saves nothing anyway;
+    gelu and layer_norm keep their input, which they need); a weight or bias that requires grad; training mode; an input
+    that doesn't require grad; ``no_grad``; windows of more than 256 places; ``return_indices``; asymmetric ``'same'``
+    padding; unbatched convolution; in-place on views; tensor subclasses; forward-mode differentiation;
+    ``torch.jit.trace``.
+    Under autocast layers compute in the dtype that they do there, and no copy of a weight in that dtype is kept.
+    ``create_graph=True`` works. What ``torch.compile`` compiles inside the mode is left to its own partitioner, which
+    decides by itself what to save. A checkpointed block (``torch.utils.checkpoint``) runs its forward again in the
+    backward: keep the backward inside the mode too.
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)).requires_grad_(False)
+    >>> x = torch.randn(1, 3, 18, 18, requires_grad=True)
+    >>> saved_bytes(lambda: model(x), exclude=model.parameters())
+    17408
+    >>> with lean_autograd():
+    ...     saved_bytes(lambda: model(x), exclude=model.parameters())
+    768
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        lean = None if torch.compiler.is_compiling() else _LEAN.get(func)
+        if lean is not None and _worthwhile(args[0] if args else kwargs.get("input")):
+            output = lean(func, *args, **kwargs)
+            if output is not None:
+                return output
+        return func(*args, **kwargs)
+
+
+def saved_bytes(function: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd saves for the backward while ``function`` runs, each storage counted once.
+
+    exclude: tensors whose storages don't count, such as a model's parameters and buffers
+
+    >>> x = torch.randn(10, requires_grad=True)
+    >>> saved_bytes(lambda: x.exp().exp())
+    80
+    """
+    saved: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses from being used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    for tensor in exclude:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+class _ShapeOnly(torch.autograd.Function):
+    """``forward(input, bias, *state)``, whose ``backward(grad, input, *state)`` reads only the shape of input."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, bias, forward, backward, *state):
+        return forward(input, bias, *state)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, _, _, ctx.of_plain_torch, *state = inputs
+        ctx.layout = input.shape, input.stride()
+        ctx.save_for_backward(*state)
+
+    @staticmethod
+    def backward(ctx, grad):
+        stand_in = torch.empty_strided(*ctx.layout, dtype=grad.dtype, device=grad.device)
+        state = ctx.saved_tensors
+        return ctx.of_plain_torch(grad, stand_in, *state), None, None, None, *[None] * len(state)
+
+
+class _ReLU(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, upper, inplace):
+        if inplace:
+            return input, torch.ops.maskops.relu_bits_(input, upper)
+        return torch.ops.maskops.relu_bits(input, upper)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        result, bits = output
+        if inputs[2]:
+            ctx.mark_dirty(inputs[0])
+        ctx.mark_non_differentiable(bits)
+        ctx.save_for_backward(bits)
+        ctx.strides = result.stride()
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return _ReLUBackward.apply(grad, *ctx.saved_tensors, ctx.strides), None, None
+
+
+class _ReLUBackward(torch.autograd.Function):
+    """Linear in the gradient, and its own adjoint."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, bits, strides):
+        if grad.stride() != strides:
+            grad = grad.new_empty_strided(grad.shape, strides).copy_(grad)
+        return torch.ops.maskops.relu_bits_backward(grad, bits)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, bits, ctx.strides = inputs
+        ctx.save_for_backward(bits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ReLUBackward.apply(grad, *ctx.saved_tensors, ctx.strides), None, None
+
+
+class _ELU(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, alpha, inplace):
+        return F.elu(input, alpha, inplace)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, ctx.alpha, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(input)
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (output,) = ctx.saved_tensors
+        return aten.elu_backward(grad, ctx.alpha, 1, 1, True, output), None, None
+
+
+class _MaxPool2d(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, kernel_size, stride, padding, dilation, ceil_mode):
+        return torch.ops.maskops.max_pool_winners(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, *window, _ = inputs
+        ctx.geometry = [list(input.shape), *window]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        ops = reference if torch.is_grad_enabled() else torch.ops.maskops  # the reference can be differentiated
+        return ops.max_pool_winners_backward(grad, *ctx.saved_tensors, *ctx.geometry), *[None] * 5
+
+
+def _worthwhile(input: Any) -> bool:
+    return (
+        _is_plain(input)
+        and input.requires_grad
+        and torch.is_grad_enabled()
+        and input.is_floating_point()
+        and input.layout == torch.strided
+        and not input.is_meta
+        and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0
+    )
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _frozen(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or (_is_plain(tensor) and not tensor.requires_grad) for tensor in tensors)
+
+
+def _may_overwrite(input: Tensor) -> bool:
+    """No leaf, no view, no gaps in memory, no functorch transform, whose vmap can't overwrite in a custom op."""
+    if input.is_leaf or input._is_view() or torch._C._are_functorch_transforms_active():
+        return False
+    return input.stride() == torch.empty_like(input).stride()
+
+
+def _list(value: int | Sequence[int], length: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * length if len(values) == 1 else values
+
+
+# A lean op takes the plain op, and the arguments as the plain op does. It returns None where plain torch must serve.
+
+
+def _relu(plain, input, inplace=False, upper=math.inf):
+    if inplace and not _may_overwrite(input):
+        return None
+    return _ReLU.apply(input, upper, inplace)[0]
+
+
+def _relu_(plain, input):
+    return _relu(plain, input, inplace=True)
+
+
+def _relu6(plain, input, inplace=False):
+    return _relu(plain, input, inplace, upper=6.0)
+
+
+def _hardtanh(plain, input, min_val=-1.0, max_val=1.0, inplace=False):
+    exact = torch.tensor(max_val, dtype=input.dtype).item() == max_val  # else comparisons would depend on the rounding
+    if min_val != 0 or not 0 < max_val < math.inf or not exact:
+        return None
+    return _relu(plain, input, inplace, upper=float(max_val))
+
+
+def _hardtanh_(plain, input, min_val=-1.0, max_val=1.0):
+    return _hardtanh(plain, input, min_val, max_val, inplace=True)
+
+
+def _elu(plain, input, alpha=1.0, inplace=False):
+    if alpha < 0 or (inplace and not _may_overwrite(input)):
+        return None
+    return _ELU.apply(input, alpha, inplace)
+
+
+def _elu_(plain, input, alpha=1.0):
+    return _elu(plain, input, alpha, inplace=True)
+
+
+def _max_pool2d(plain, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    kernel_size = _list(kernel_size, 2)
+    if return_indices or math.prod(kernel_size) > 256:
+        return None
+    stride = kernel_size if stride is None or stride in ([], ()) else _list(stride, 2)
+    return _MaxPool2d.apply(input, kernel_size, stride, _list(padding, 2), _list(dilation, 2), ceil_mode)[0]
+
+
+def _avg_pool2d(
+    plain, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):
+    stride = [] if stride is None else _list(stride, 2)
+    arguments = _list(kernel_size, 2), stride, _list(padding, 2), ceil_mode, count_include_pad, divisor_override
+    return _ShapeOnly.apply(
+        input,
+        None,
+        lambda input, bias: plain(input, *arguments),
+        lambda grad, input: aten.avg_pool2d_backward(grad, input, *arguments),
+    )
+
+
+def _adaptive_avg_pool2d(plain, input, output_size):
+    if output_size in (1, (1, 1), [1, 1]):
+        return None  # a mean: plain torch saves nothing
+    return _ShapeOnly.apply(
+        input, None, lambda input, bias: plain(input, output_size), aten._adaptive_avg_pool2d_backward
+    )
+
+
+def _batch_norm(
+    plain, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    if training or running_mean is None or running_var is None or not _frozen(running_mean, running_var, weight, bias):
+        return None
+
+    def forward(input, bias, weight, running_mean, running_var):
+        return plain(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+    def backward(grad, input, weight, running_mean, running_var):
+        unused = grad.new_empty(0)
+        return aten.native_batch_norm_backward(
+            grad, input, weight, running_mean, running_var, unused, unused, False, eps, [True, False, False]
+        )[0]
+
+    return _ShapeOnly.apply(input, bias, forward, backward, weight, running_mean, running_var)
+
+
+def _conv(plain, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        both_sides = [d * (k - 1) for d, k in zip(_list(dilation, weight.dim() - 2), weight.shape[2:], strict=True)]
+        if any(both % 2 for both in both_sides):
+            return None
+        padding = [both // 2 for both in both_sides]
+    return _any_conv(plain, input, weight, bias, (stride, padding, dilation, groups), stride, padding, dilation, groups)
+
+
+def _conv_transpose(plain, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    arguments = stride, padding, output_padding, groups, dilation
+    return _any_conv(plain, input, weight, bias, arguments, stride, padding, dilation, groups, output_padding)
+
+
+def _any_conv(plain, input, weight, bias, arguments, stride, padding, dilation, groups, output_padding=None):
+    if not _frozen(weight, bias) or input.dim() != weight.dim():
+        return None
+    transposed = output_padding is not None
+    stride, padding, dilation, output_padding = (
+        _list(value, weight.dim() - 2) for value in (stride, padding, dilation, output_padding or 0)
+    )
+
+    def forward(input, bias, weight):
+        return plain(input, weight, bias, *arguments)
+
+    def backward(grad, input, weight):
+        geometry = stride, padding, dilation, transposed, output_padding, groups
+        weight = weight.to(grad.dtype)  # under autocast
+        return aten.convolution_backward(grad, input, weight, None, *geometry, [True, False, False])[0]
+
+    return _ShapeOnly.apply(input, bias, forward, backward, weight)
+
+
+_LEAN: dict[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
+    F.relu6: _relu6,
+    F.hardtanh: _hardtanh,
+    F.hardtanh_: _hardtanh_,
+    F.elu: _elu,
+    F.elu_: _elu_,
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
+    F.avg_pool2d: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _conv_transpose),
+}

@@ -1,0 +1,157 @@
+"""The mask step: optimiser, L1 term, bounds and effective weights in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskops.arena import MaskArena
+
+_ops = torch.ops.maskops
+
+
+class _MaskOptimizer(torch.optim.Optimizer):
+    def __init__(self, masks: Iterable[Any] | MaskArena, defaults: dict[str, Any]) -> None:
+        name = type(self).__name__
+        self._arena = masks if isinstance(masks, MaskArena) else None
+        if not isinstance(defaults["lr"], Tensor) and defaults["lr"] < 0:
+            raise ValueError(f"{name}: lr must not be negative; got {defaults['lr']}")
+        if defaults["l1"] < 0:
+            raise ValueError(f"{name}: l1 must not be negative; got {defaults['l1']}")
+        lower, upper = defaults["lower"], defaults["upper"]
+        if not isinstance(lower, Tensor) and lower > upper:
+            raise ValueError(f"{name}: lower must not be above upper; got lower {lower} and upper {upper}")
+        super().__init__([masks.mask] if self._arena else masks, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Step every mask that has a gradient; an arena's effective weights are then new and its gradients zero."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for mask in group["params"]:
+                if self._arena is not None:
+                    self._step(group, mask, *self._arena.step_arguments())
+                    self._arena.finish_step()
+                elif mask.grad is not None:
+                    self._step(group, mask, mask, mask.grad, None, None)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the masks' gradients; an arena's are zeroed, because the layers' gradients are views of it."""
+        if self._arena is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._arena.grad.zero_()
+
+    def _step(self, group, key, mask, grad, weight, effective) -> None:
+        raise NotImplementedError
+
+
+def _number(value: float | Tensor) -> Tensor:
+    """A number as a 0-d tensor. On the CPU it also serves a mask on another device, without a copy that would wait."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+class MaskAdam(_MaskOptimizer):
+    """Adam on masks, with the L1 subgradient inside and the masks clipped after every step.
+
+        g = dL/dm + l1 * sign(m);  m <- clip(m - lr * m̂1 / (sqrt(m̂2) + eps), lower, upper)
+
+    masks:      an iterable of masks or parameter groups, as torch's optimisers take them, or a :class:`MaskArena`,
+                whose effective weights are then written in the same op
+    lr, betas, eps: as in :class:`torch.optim.Adam`; lr may be a 0-d tensor
+    l1:         γ, the weight of sum|m| in the loss; the sum itself must then not be added to the loss
+    lower, upper: bounds of the masks; lower may be a tensor that broadcasts to each mask of its group
+    capturable: keep the step count on the masks' device, so that a step can be captured in a CUDA graph; give lr as a
+                tensor on that device when it changes, and lower too
+    errors:     ValueError for negative lr or l1, and for lower > upper
+    source:     AWM's outer step as published: Adam (Kingma & Ba 2015) and ``clamp_(0, 1)``; its Algorithm 1, lines 12
+                and 13, writes plain gradient steps
+
+    >>> mask = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = MaskAdam([mask], lr=0.1)
+    >>> (mask * torch.tensor([1.0, -1.0])).sum().backward()
+    >>> _ = optimizer.step()
+    >>> mask.data
+    tensor([0.9000, 1.0000])
+    """
+
+    def __init__(
+        self,
+        masks: Iterable[Any] | MaskArena,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        l1: float = 0.0,
+        lower: float | Tensor = 0.0,
+        upper: float = 1.0,
+        capturable: bool = False,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"MaskAdam: betas must be in [0, 1); got {betas}")
+        options = {"lr": lr, "betas": betas, "eps": eps, "l1": l1, "lower": lower, "upper": upper}
+        super().__init__(masks, {**options, "capturable": capturable})
+
+    def _step(self, group, key, mask, grad, weight, effective) -> None:
+        state = self.state[key]
+        if not state:
+            device = mask.device if group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float64, device=device)
+            state["exp_avg"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
+        _ops.mask_adam_step_(
+            *(mask, grad, weight, effective, state["exp_avg"], state["exp_avg_sq"], state["step"]),
+            *(_number(group["lr"]), *group["betas"], group["eps"], group["l1"]),
+            *(_number(group["lower"]), group["upper"]),
+        )
+
+
+class MaskSGD(_MaskOptimizer):
+    """SGD with momentum on masks, with the L1 subgradient inside and the masks clipped after every step.
+
+        g = dL/dm + l1 * sign(m);  v <- momentum * v + g;  m <- clip(m - lr * v, lower, upper)
+
+    momentum: 0 for plain gradient steps, which keep no state
+    all else: as in :class:`MaskAdam`
+    source:   ANP and NFT as published; AWM Algorithm 1, lines 12 and 13, with momentum 0
+
+    >>> mask = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = MaskSGD([mask], lr=0.1)
+    >>> (mask * torch.tensor([1.0, -1.0])).sum().backward()
+    >>> _ = optimizer.step()
+    >>> mask.data
+    tensor([0.9000, 1.0000])
+    """
+
+    def __init__(
+        self,
+        masks: Iterable[Any] | MaskArena,
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.0,
+        *,
+        l1: float = 0.0,
+        lower: float | Tensor = 0.0,
+        upper: float = 1.0,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"MaskSGD: momentum must be in [0, 1); got {momentum}")
+        super().__init__(masks, {"lr": lr, "momentum": momentum, "l1": l1, "lower": lower, "upper": upper})
+
+    def _step(self, group, key, mask, grad, weight, effective) -> None:
+        buffer = None
+        if group["momentum"]:
+            state = self.state[key]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
+            buffer = state["momentum_buffer"]
+        _ops.mask_sgd_step_(
+            *(mask, grad, weight, effective, buffer, _number(group["lr"]), group["momentum"], group["l1"]),
+            *(_number(group["lower"]), group["upper"]),
+        )

@@ -1,0 +1,214 @@
+"""The network that a run works on: the user's structure over the user's tensors, made cheap by exact algebra."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def shared_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model of the same structure over the same parameters; over copies when they are not on the device.
+
+    Buffers are copied: batch norm writes to them.
+    """
+    if any(parameter.device != device for parameter in model.parameters()):
+        return copy.deepcopy(model).to(device)
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def own_parameters_(model: nn.Module, foreign: nn.Module) -> nn.Module:
+    """Replace the parameters that a model shares with another by copies, in place."""
+    shared = {id(parameter): parameter for parameter in foreign.parameters()}
+    copies: dict[int, Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in shared:
+                copies.setdefault(id(parameter), copy.deepcopy(parameter))
+                module._parameters[name] = copies[id(parameter)]
+    return model
+
+
+class WorkingModel(nn.Module):
+    """A frozen model that computes the same logits from images in pixel space, with less work.
+
+    In eval mode a batch norm that follows a layer is folded into that layer's weight and bias, and the gradient of a
+    trigger that the whole batch shares is summed over the batch before the first convolution's backward instead of
+    after it: conv(x + Δ) = conv(x) + conv(Δ). Both need to know who reads what, which one forward of ``example`` shows;
+    where the answer isn't certain nothing is changed.
+
+    network:   any classifier. It becomes part of this one and is changed; the tensors that it holds are not
+    example:   (B, C, H, W) images in pixel space on the network's device
+    mean, std: per channel, what the network expects its images to be normalised by; None for none
+    keep:      names of layers that are not to be folded away
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        example: Tensor,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        keep: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.network = _frozen(network).eval()
+        self.register_buffer("mean", None if mean is None else mean.view(-1, 1, 1))
+        self.register_buffer("std", None if std is None else std.view(-1, 1, 1))
+        with _Readers() as readers, torch.no_grad():
+            readers.watch(self.network, self.normalise(example))
+        _fold_batch_norms(self.network, readers, keep)
+        self._first = _first_convolution(self.network, readers)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return images if self.mean is None else (images - self.mean) / self.std
+
+    def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
+        """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
+        if trigger is None:
+            return _logits(self.network(self.normalise(images)))
+        if self._first is None:
+            return _logits(self.network(self.normalise(images + trigger)))
+        trigger = trigger if self.std is None else trigger / self.std
+
+        def add_trigger(convolution: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            return output + convolution._conv_forward(trigger, convolution.weight, None)
+
+        with self.network.get_submodule(self._first).register_forward_hook(add_trigger):
+            return _logits(self.network(self.normalise(images)))
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits of a model that returns a tensor, or an object that holds them, as transformers' models do."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class _Readers(TorchFunctionMode):
+    """During one forward: which layers make and read which tensors, and how many functions read each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[nn.Module, list[Tensor]] = {}
+        self.outputs: dict[nn.Module, list[Tensor]] = {}
+        self._counts: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no id is given twice
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        # shapes, dtypes and the like are no readers: only what makes a tensor is
+        if any(True for _ in _tensors(result)):
+            self._count((args, kwargs))
+        return result
+
+    def watch(self, network: nn.Module, images: Tensor) -> None:
+        def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            self.inputs.setdefault(module, []).append(inputs[0])
+            self.outputs.setdefault(module, []).append(output)
+
+        # a layer with hooks of its own may do more than its class says
+        layers = [
+            module
+            for module in network.modules()
+            if type(module) in (*_CONVOLUTIONS, *_BATCH_NORMS, nn.Linear)
+            and not (module._forward_hooks or module._forward_pre_hooks)
+        ]
+        handles = [layer.register_forward_hook(record) for layer in layers]
+        self.images = images
+        try:
+            self._count(network(images))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def sole_output(self, module: nn.Module) -> Tensor | None:
+        """What the module returned, if it ran once and exactly one function read that."""
+        return self._read_once(self.outputs.get(module, []))
+
+    def sole_input(self, module: nn.Module) -> Tensor | None:
+        """What the module read, if it ran once and nothing else read that."""
+        return self._read_once(self.inputs.get(module, []))
+
+    def _read_once(self, tensors: list[Tensor]) -> Tensor | None:
+        return tensors[0] if len(tensors) == 1 and self._counts.get(id(tensors[0])) == 1 else None
+
+    def _count(self, value: Any) -> None:
+        for tensor in {id(tensor): tensor for tensor in _tensors(value)}.values():
+            self._alive.append(tensor)
+            self._counts[id(tensor)] = self._counts.get(id(tensor), 0) + 1
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    """The network over new parameters without gradients that hold the tensors of the old ones."""
+    frozen: dict[int, Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                frozen.setdefault(id(parameter), Parameter(parameter.detach(), requires_grad=False))
+                module._parameters[name] = frozen[id(parameter)]
+    return network
+
+
+def _fold_batch_norms(network: nn.Module, readers: _Readers, keep: Collection[str]) -> None:
+    """Fold each batch norm that alone reads a layer's output into that layer's weight and bias."""
+    shared = _weights_used_twice(network)
+    kept = {network.get_submodule(name) for name in keep}
+    makers = {id(readers.sole_output(module)): module for module in readers.outputs if type(module) not in _BATCH_NORMS}
+    for norm in [module for module in readers.outputs if type(module) in _BATCH_NORMS and module not in kept]:
+        image = readers.sole_input(norm)
+        layer = None if image is None else makers.get(id(image))
+        if layer is None or norm.running_mean is None or id(layer.weight) in shared:
+            continue
+        if type(layer) is nn.Linear and image.dim() != 2:
+            continue
+        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+        bias = bias * scale if norm.bias is None else bias * scale + norm.bias
+        dtype = layer.weight.dtype
+        factor = scale.view(-1, *(1 for _ in layer.weight.shape[1:]))
+        layer.weight = Parameter((layer.weight * factor).to(dtype), requires_grad=False)
+        layer.bias = Parameter(bias.to(dtype), requires_grad=False)
+        _replace(network, norm, nn.Identity())
+
+
+def _first_convolution(network: nn.Module, readers: _Readers) -> str | None:
+    """The name of the convolution that alone reads the images, if there is one."""
+    for name, module in network.named_modules():
+        if type(module) in _CONVOLUTIONS and readers.sole_input(module) is readers.images:
+            return name
+    return None
+
+
+def _weights_used_twice(network: nn.Module) -> set[int]:
+    seen, twice = set(), set()
+    for module in network.modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in seen:
+                twice.add(id(parameter))
+            seen.add(id(parameter))
+    return twice
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(network.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

@@ -1,0 +1,185 @@
+"""Adversarial Weight Masking: Chai & Chen 2022, "One-shot Neural Backdoor Erasing via Adversarial Weight Masking"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskops.functional import project_onto_l1_ball, rescale_to_l1_ball
+from maskops.optim import MaskAdam
+from maskops.purify._loop import Purification, Run
+from maskops.purify._options import Auto, check, settle
+
+
+@dataclass(frozen=True)
+class AWMOptions:
+    """The hyper-parameters of AWM, under the names of Algorithm 1. The defaults are the paper's.
+
+    alpha, beta:   weights of the clean and the perturbed loss; beta ``"auto"`` is 1 - alpha
+    gamma:         γ, weight of ‖m‖₁
+    tau:           τ, radius of the trigger's ball in pixel units; ``"auto"`` is 1000 for 3x32x32, scaled by image size
+    epochs:        E
+    inner_steps, outer_steps: T; ``"auto"`` is five passes over the clean images
+    batch_size:    b, at most n; ``"auto"`` is the paper's Table 7: 16 below 100 images, 32 below 500, else 128 (for the
+                   one-shot set, which counts 100 with its augmented copies, give 16)
+    inner_lr:      η₁ of gradient ascent on the trigger
+    lr:            η₂ of Adam on the masks
+    lr_decay:      factor on lr, once every ``lr_decay_epochs`` epochs
+    inner_labels:  ``"true"``, or ``"predicted"``: the masked model's answers to the clean images, once per phase
+    projection:    ``"rescale"`` (along the ray into the L1 ball, the paper's), ``"project"`` (nearest point of the L1
+                   ball), ``"l2"`` (along the ray into the L2 ball, ablation D.5), ``"none"`` (D.2)
+    project_every_step: after every ascent step; otherwise once, after the last
+    trigger_penalty: weight of -‖Δ‖₂ in the inner objective (D.6, which prints a plus: that would reward large triggers)
+    clamp:         clamp x + Δ to [0, 1] in the outer phase
+    """
+
+    alpha: float = 0.9
+    beta: float | Auto = "auto"
+    gamma: float = 1e-8
+    tau: float | Auto = "auto"
+    epochs: int = 100
+    inner_steps: int | Auto = 10
+    outer_steps: int | Auto = 10
+    batch_size: int | Auto = "auto"
+    inner_lr: float = 10.0
+    lr: float = 0.01
+    lr_decay: float = 0.1
+    lr_decay_epochs: int = 50
+    inner_labels: str = "true"
+    projection: str = "rescale"
+    project_every_step: bool = False
+    trigger_penalty: float = 0.0
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma", "tau", "inner_lr", "lr", "lr_decay", "trigger_penalty"):
+            check("awm", self, name, "a number >= 0", lambda value: value >= 0)
+        for name in ("epochs", "inner_steps", "outer_steps", "batch_size", "lr_decay_epochs"):
+            check("awm", self, name, "at least 1", lambda value: value >= 1)
+        check("awm", self, "alpha", "at most 1", lambda value: value <= 1)
+        check("awm", self, "inner_labels", "'true' or 'predicted'", ("true", "predicted").__contains__)
+        projections = ("rescale", "project", "l2", "none")
+        check("awm", self, "projection", f"one of {', '.join(projections)}", projections.__contains__)
+
+    def for_images(self, images: Tensor) -> AWMOptions:
+        """The same options with every ``"auto"`` replaced by what it stands for on these images."""
+        count, *size = images.shape
+        batch_size = 16 if count < 100 else 32 if count < 500 else 128
+        batch_size = min(batch_size if self.batch_size == "auto" else self.batch_size, count)
+        five_passes = 5 * (count // batch_size)
+        return replace(
+            self,
+            beta=1 - self.alpha if self.beta == "auto" else self.beta,
+            tau=1000.0 * math.prod(size) / (3 * 32 * 32) if self.tau == "auto" else self.tau,
+            batch_size=batch_size,
+            inner_steps=five_passes if self.inner_steps == "auto" else self.inner_steps,
+            outer_steps=five_passes if self.outer_steps == "auto" else self.outer_steps,
+        )
+
+
+PRESETS = {
+    "paper": AWMOptions(),
+    "official": AWMOptions(
+        tau=1000.0,
+        epochs=20,
+        inner_steps="auto",
+        outer_steps="auto",
+        batch_size=128,
+        lr_decay=1.0,
+        inner_labels="predicted",
+        clamp=True,
+    ),
+}
+"""``paper``: Algorithm 1, Appendix A and Table 7. ``official``: the published ``main.py`` with its defaults."""
+
+
+def awm(
+    model: nn.Module,
+    clean_data: Any,
+    *,
+    preset: str = "paper",
+    on_epoch: Callable[[int, nn.Module], None] | None = None,
+    **options: Any,
+) -> Purification:
+    """Purify a model by masks on its weights, learned against a universal trigger that is learned in turn.
+
+        min over m in [0, 1]: α·E L(f(x; m⊙θ), y) + β·max over ‖Δ‖₁ <= τ: E L(f(x + Δ; m⊙θ), y) + γ·‖m‖₁
+
+    model:      any nn.Module that maps images to logits (a tensor, or an object with ``.logits``); it runs in eval mode
+                and isn't changed
+    clean_data: (images, labels): images (N, C, H, W) float in [0, 1] or uint8, labels (N,); or a map-style Dataset
+    preset:     ``"paper"`` or ``"official"``
+    on_epoch:   called after every epoch with its number and the model as it then is, for measurements
+    options:    single fields of :class:`AWMOptions` and :class:`maskops.purify.Setting`, such as ``tau=200`` or
+                ``device="cuda"``
+    returns:    a :class:`maskops.purify.Purification`; ``.model`` is the purified model
+    errors:     ValueError and TypeError, one line, for options or data out of range; NonFiniteError when a loss is no
+                number. In each case the model is as it was
+    source:     Eq. 4.4 and Algorithm 1, whose lines are marked in the code. Deviations: lines 7 and 12 print the signs
+                of the steps the wrong way round; the outer step is Adam, as in Appendix A
+
+    >>> images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> result = awm(net, (images, labels), epochs=1, progress=False)
+    >>> sorted(result.masks), tuple(result.trigger.shape)
+    (['0.mask'], (1, 1, 8, 8))
+    """
+    chosen, setting = settle("awm", PRESETS, preset, options)
+    run = Run("awm", model, clean_data, setting)
+    chosen = chosen.for_images(run.images)
+    alpha, beta, batch_size = chosen.alpha, chosen.beta, chosen.batch_size
+    labels = run.labels
+    masks = MaskAdam(run.arena, lr=chosen.lr, l1=chosen.gamma)  # line 1: every mask is 1
+
+    for epoch in run.epochs(chosen.epochs):  # line 2
+        with run.phase("inner"), run.frozen_masks():
+            trigger = run.new_trigger()  # line 3
+            inner_labels = run.predictions(batch_size) if chosen.inner_labels == "predicted" else labels
+            for batch in run.batches(chosen.inner_steps, batch_size):  # lines 4, 5
+                loss = F.cross_entropy(run.logits(run.images[batch], trigger), inner_labels[batch])  # line 6
+                trigger = _ascend(trigger, loss, chosen)  # line 7
+                run.note("inner loss", loss)
+            trigger = _project(trigger.detach(), chosen)  # line 9
+
+        with run.phase("outer"):
+            for batch in run.batches(chosen.outer_steps, batch_size):  # line 10
+                clean = run.images[batch]
+                perturbed = (clean + trigger).clamp(0, 1) if chosen.clamp else clean + trigger
+                # line 11; the gradient of γ‖m‖₁ is part of the mask step
+                losses = run.descend((alpha, clean, labels[batch]), (beta, perturbed, labels[batch]))
+                masks.step()  # lines 12, 13
+                run.note("clean loss", losses[0])
+                run.note("perturbed loss", losses[1])
+
+        if (epoch + 1) % chosen.lr_decay_epochs == 0:
+            masks.param_groups[0]["lr"] *= chosen.lr_decay
+        if on_epoch is not None:
+            on_epoch(epoch, run.model)
+
+    return run.finish(chosen, trigger)
+
+
+def _ascend(trigger: Tensor, loss: Tensor, options: AWMOptions) -> Tensor:
+    if options.trigger_penalty:
+        loss = loss - options.trigger_penalty * trigger.norm()
+    (gradient,) = torch.autograd.grad(loss, trigger)
+    trigger = trigger.detach() + options.inner_lr * gradient
+    if options.project_every_step:
+        trigger = _project(trigger, options)
+    return trigger.requires_grad_()
+
+
+def _project(trigger: Tensor, options: AWMOptions) -> Tensor:
+    if options.projection == "rescale":
+        return rescale_to_l1_ball(trigger, options.tau)
+    if options.projection == "project":
+        return project_onto_l1_ball(trigger, options.tau)
+    if options.projection == "l2":
+        return trigger * (options.tau / trigger.norm().clamp_min(options.tau))
+    return trigger
