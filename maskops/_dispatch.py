@@ -32,9 +32,15 @@ def _load(backend: str) -> ModuleType | str:
         return f"the {backend} backend failed to load: {str(error).splitlines()[0]}"
 
 
-def _check_name(backend: str) -> None:
+@cache
+def _find(backend: str, op: str) -> Callable[..., Any] | str:
+    """The backend's function for ``op``, or one sentence that says why there is none."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    module = _load(backend)
+    if isinstance(module, str):
+        return module
+    return getattr(module, op, f"the {backend} backend has no {op}")
 
 
 def why_not(backend: str, op: str, *tensors: Tensor) -> str | None:
@@ -48,13 +54,8 @@ def why_not(backend: str, op: str, *tensors: Tensor) -> str | None:
     >>> maskops.why_not("reference", "masked_conv", torch.zeros(1)) is None
     True
     """
-    _check_name(backend)
-    module = _load(backend)
-    if isinstance(module, str):
-        return module
-    if not hasattr(module, op):
-        return f"the {backend} backend has no {op}"
-    return module.why_not(op, *tensors)
+    function = _find(backend, op)
+    return function if isinstance(function, str) else _load(backend).why_not(op, *tensors)
 
 
 def choose(op: str, arguments: tuple[Any, ...], backend: str | None) -> Callable[..., Any]:
@@ -65,15 +66,12 @@ def choose(op: str, arguments: tuple[Any, ...], backend: str | None) -> Callable
     """
     forced = backend or os.environ.get("MASKOPS_BACKEND")
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if forced:
-        reason = why_not(forced, op, *tensors)
-        if reason:
-            raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {reason}")
-        return getattr(_load(forced), op)
-    for candidate in BACKENDS:
-        if why_not(candidate, op, *tensors) is None:
-            return getattr(_load(candidate), op)
-    raise RuntimeError(f"{op}: no backend can serve this call\n{explain(op, *tensors)}")
+    for candidate in (forced,) if forced else BACKENDS:
+        reason = why_not(candidate, op, *tensors)
+        if reason is None:
+            return _find(candidate, op)
+    # the reference serves everything, so only a forced choice comes here
+    raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {reason}")
 
 
 def explain(op: str | None = None, *tensors: Tensor) -> str:

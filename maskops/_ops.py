@@ -55,7 +55,7 @@ _SCHEMAS = (
 def _register(schema: str) -> None:
     name = schema[: schema.index("(")]
     arguments, result = schema.rsplit(") -> ", 1)
-    _LIBRARY.define(f"{arguments}, str? backend=None) -> {result}")
+    _LIBRARY.define(f"{arguments}, *, str? backend=None) -> {result}")
     _LIBRARY.impl(name, _implementation(name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"maskops::{name}", _fake(name), lib=_LIBRARY)
     _dispatch.OPS.append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ContextDecorator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,37 +23,39 @@ aten = torch.ops.aten
 class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
     """A context, or a decorator, in which any model's frozen ops save only what the gradient of their input needs.
 
-    ================================  =====================================  ==========================================
-    op, weights frozen                plain torch saves                      in this mode
-    ================================  =====================================  ==========================================
-    relu, relu6, hardtanh(0, upper)   the output or the input                1 bit per element
-    elu with alpha >= 0               the input                              the output, which a next layer may save too
-    max_pool2d                        the input and 8 bytes per window       1 byte per window
-    avg_pool2d, adaptive_avg_pool2d   the input                              nothing
-    batch_norm in eval mode           the input                              nothing
-    conv1d-3d, conv_transpose1d-3d    the input                              nothing
-    ================================  =====================================  ==========================================
+    ================================  =================================  ==========================================
+    op                                plain torch saves                  in this mode
+    ================================  =================================  ==========================================
+    relu, relu6, hardtanh(0, upper)   the output or the input            1 bit per element
+    elu with alpha >= 0               the input                          the output, which a next layer may save too
+    max_pool2d                        the input, 8 bytes per window      1 byte per window
+    avg_pool2d, adaptive_avg_pool2d   the input                          nothing
+    batch_norm in eval mode           the input                          nothing
+    conv1d-3d, conv_transpose1d-3d    the input                          nothing
+    ================================  =================================  ==========================================
 
-    "Nothing" is beside the model's own weights and running statistics. The model is not changed, outputs are plain
-    torch's, and so are gradients, bit for bit: where plain torch reads its saved input's shape alone, the same backward
-    runs on uninitialised memory of that shape. elu's gradient comes from its output instead of its input and is within
-    an absolute rounding error of ``alpha * eps``; an output of elu that is modified in place before the backward
-    raises autograd's error, as after an in-place elu in plain torch.
+    "Nothing" is beside the model's own weights and statistics. The model is not changed; its outputs are plain torch's,
+    bit for bit, and so are the gradients: where plain torch reads no more than the shape of what it saved, the same
+    backward runs on uninitialised memory of that shape. Only elu's gradient is rounded otherwise, to within
+    ``alpha * eps``; and an output of elu that is modified in place before the backward raises autograd's error, as in
+    plain torch after an in-place elu.
 
-    Plain torch, unchanged, serves everything else: other ops (a linear layer with a frozen weight saves nothing anyway;
-    gelu and layer_norm keep their input, which they need); a weight or bias that requires grad; training mode; an input
-    that doesn't require grad; ``no_grad``; windows of more than 256 places; ``return_indices``; asymmetric ``'same'``
-    padding; unbatched convolution; in-place on views; tensor subclasses; forward-mode differentiation;
-    ``torch.jit.trace``.
-    Under autocast layers compute in the dtype that they do there, and no copy of a weight in that dtype is kept.
-    ``create_graph=True`` works. What ``torch.compile`` compiles inside the mode is left to its own partitioner, which
-    decides by itself what to save. A checkpointed block (``torch.utils.checkpoint``) runs its forward again in the
-    backward: keep the backward inside the mode too.
+    Plain torch serves everything else: other ops (a linear layer with a frozen weight saves nothing anyway; gelu and
+    layer_norm need the input that they save), a layer whose weight or bias requires grad, training mode, an input that
+    doesn't require grad, ``no_grad``, pooling windows of more than 256 places, ``return_indices``, an ``upper`` that is
+    not a whole number up to 256, asymmetric ``"same"`` padding, convolution without a batch dimension, tensor
+    subclasses, forward-mode differentiation, ``torch.jit.trace``.
 
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)).requires_grad_(False)
+    Under autocast layers compute in the dtype that they do without the mode, and keep no copy of a weight in that
+    dtype. ``create_graph=True`` and ``torch.func`` work. ``torch.compile`` traces through the mode, without graph
+    breaks, if the compiled model is called inside it. A checkpointed block (``torch.utils.checkpoint``) runs its
+    forward again during the backward: keep the backward inside the mode, too.
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    >>> model = model.requires_grad_(False)
     >>> x = torch.randn(1, 3, 18, 18, requires_grad=True)
     >>> saved_bytes(lambda: model(x), exclude=model.parameters())
-    17408
+    16176
     >>> with lean_autograd():
     ...     saved_bytes(lambda: model(x), exclude=model.parameters())
     768
@@ -66,7 +69,7 @@ class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        lean = None if torch.compiler.is_compiling() else _LEAN.get(func)
+        lean = _LEAN.get(func)
         if lean is not None and _worthwhile(args[0] if args else kwargs.get("input")):
             output = lean(func, *args, **kwargs)
             if output is not None:
@@ -114,7 +117,7 @@ class _ShapeOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        stand_in = torch.empty_strided(*ctx.layout, dtype=grad.dtype, device=grad.device)
+        stand_in = grad.new_empty_strided(*ctx.layout)
         state = ctx.saved_tensors
         return ctx.of_plain_torch(grad, stand_in, *state), None, None, None, *[None] * len(state)
 
@@ -167,20 +170,18 @@ class _ELU(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, alpha, inplace):
-        return F.elu(input, alpha, inplace)
+    def forward(input, alpha):
+        return F.elu(input, alpha)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, ctx.alpha, inplace = inputs
-        if inplace:
-            ctx.mark_dirty(input)
+        _, ctx.alpha = inputs
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, grad):
         (output,) = ctx.saved_tensors
-        return aten.elu_backward(grad, ctx.alpha, 1, 1, True, output), None, None
+        return aten.elu_backward(grad, ctx.alpha, 1, 1, True, output), None
 
 
 class _MaxPool2d(torch.autograd.Function):
@@ -225,10 +226,10 @@ def _frozen(*tensors: Tensor | None) -> bool:
 
 
 def _may_overwrite(input: Tensor) -> bool:
-    """No leaf, no view, no gaps in memory, no functorch transform, whose vmap can't overwrite in a custom op."""
-    if input.is_leaf or input._is_view() or torch._C._are_functorch_transforms_active():
+    """Whether an op may mark ``input`` as overwritten: no leaf, no view, no gaps in memory, nothing traced."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return input.stride() == torch.empty_like(input).stride()
+    return not input.is_leaf and not input._is_view() and input.stride() == torch.empty_like(input).stride()
 
 
 def _list(value: int | Sequence[int], length: int) -> list[int]:
@@ -241,37 +242,18 @@ def _list(value: int | Sequence[int], length: int) -> list[int]:
 
 def _relu(plain, input, inplace=False, upper=math.inf):
     if inplace and not _may_overwrite(input):
-        return None
+        return input.copy_(_ReLU.apply(input, upper, False)[0])
     return _ReLU.apply(input, upper, inplace)[0]
 
 
-def _relu_(plain, input):
-    return _relu(plain, input, inplace=True)
-
-
-def _relu6(plain, input, inplace=False):
-    return _relu(plain, input, inplace, upper=6.0)
-
-
 def _hardtanh(plain, input, min_val=-1.0, max_val=1.0, inplace=False):
-    exact = torch.tensor(max_val, dtype=input.dtype).item() == max_val  # else comparisons would depend on the rounding
-    if min_val != 0 or not 0 < max_val < math.inf or not exact:
+    if min_val != 0 or not 1 <= max_val <= 256 or max_val != int(max_val):  # whole numbers are exact in every dtype
         return None
     return _relu(plain, input, inplace, upper=float(max_val))
 
 
-def _hardtanh_(plain, input, min_val=-1.0, max_val=1.0):
-    return _hardtanh(plain, input, min_val, max_val, inplace=True)
-
-
 def _elu(plain, input, alpha=1.0, inplace=False):
-    if alpha < 0 or (inplace and not _may_overwrite(input)):
-        return None
-    return _ELU.apply(input, alpha, inplace)
-
-
-def _elu_(plain, input, alpha=1.0):
-    return _elu(plain, input, alpha, inplace=True)
+    return None if inplace or alpha < 0 else _ELU.apply(input, alpha)
 
 
 def _max_pool2d(plain, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -325,7 +307,7 @@ def _conv(plain, input, weight, bias=None, stride=1, padding=0, dilation=1, grou
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        both_sides = [d * (k - 1) for d, k in zip(_list(dilation, weight.dim() - 2), weight.shape[2:], strict=True)]
+        both_sides = [d * (k - 1) for d, k in zip(_list(dilation, weight.dim() - 2), weight.shape[2:], strict=False)]
         if any(both % 2 for both in both_sides):
             return None
         padding = [both // 2 for both in both_sides]
@@ -358,12 +340,11 @@ def _any_conv(plain, input, weight, bias, arguments, stride, padding, dilation, 
 
 _LEAN: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
-    F.relu6: _relu6,
+    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
+    F.relu6: partial(_relu, upper=6.0),
     F.hardtanh: _hardtanh,
-    F.hardtanh_: _hardtanh_,
+    F.hardtanh_: partial(_hardtanh, inplace=True),
     F.elu: _elu,
-    F.elu_: _elu_,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,

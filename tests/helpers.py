@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +45,12 @@ def check(op, plain, inputs: dict[str, Tensor], backend: str | None, exact: bool
     """
     expected = outputs_and_gradients(plain, inputs)
     truth = outputs_and_gradients(plain, {name: tensor.double() for name, tensor in inputs.items()}, expected)
-    actual = outputs_and_gradients(partial(op, backend=backend), inputs, expected)
+    try:
+        actual = outputs_and_gradients(partial(op, backend=backend), inputs, expected)
+    except RuntimeError as error:
+        if "was asked for, but" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         plain_value = expected[name]
@@ -63,7 +69,7 @@ def check(op, plain, inputs: dict[str, Tensor], backend: str | None, exact: bool
 
 
 def outputs_and_gradients(op, inputs: dict[str, Tensor], like: dict | None = None) -> dict[str, Tensor | None]:
-    """``output 0``, … and ``gradient of input``, …; output gradients are random, in the dtypes of ``like``'s outputs."""
+    """``output 0``, … and ``gradient of input``, …, for random output gradients in the dtypes of ``like``'s outputs."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     outputs = op(**leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs

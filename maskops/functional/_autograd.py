@@ -12,7 +12,7 @@ e and dL/de are never kept. Under ``create_graph=True`` the same formulas run as
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,21 +20,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from maskops.backends import reference
+from maskops.backends.reference.l1_ball import l1_norm
 
 _ops = torch.ops.maskops
 
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast casts a layer's input now; None when it does not."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def autocast_off(tensor: Tensor, dtype: torch.dtype | None) -> AbstractContextManager:
-    """No autocast inside, where the casts to ``dtype`` have been made; nothing to do where there are none."""
-    return nullcontext() if dtype is None else torch.autocast(tensor.device.type, enabled=False)
+Branches = tuple[Tensor, ...]
+"""The input of a layer; of a dual one the clean and the perturbed input, which may be the same tensor."""
 
 
 def _compute(op: str, *arguments: Any, backend: str | None) -> Any:
@@ -56,6 +47,29 @@ def run(function: type[Function], *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return function.formula(*arguments[:-1])
     return function.apply(*arguments)
+
+
+def run_layer(function: type[Function], inputs: Branches, weight, mask, noise, bias, *how: Any) -> Any:
+    """A masked layer, computed in the dtype of the inputs; under autocast in autocast's."""
+    dtype, device = inputs[0].dtype, inputs[0].device.type
+    # autocast knows no meta tensors, and leaves float64 alone
+    casts = dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
+    if casts:
+        dtype = torch.get_autocast_dtype(device)
+        inputs = each(lambda input: input.to(dtype), inputs)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if not casts:
+        return run(function, *inputs, weight, mask, noise, bias, *how)
+    with torch.autocast(device, enabled=False):
+        return run(function, *inputs, weight, mask, noise, bias, *how)
+
+
+def each(change: Callable[[Tensor], Tensor], inputs: Branches) -> Branches:
+    """The changed inputs; where both branches have the same input, it is changed once and stays the same."""
+    first, *others = inputs
+    changed = change(first)
+    return (changed, *(changed if other is first else change(other) for other in others))
 
 
 class EffectiveWeight(Function):
@@ -114,9 +128,9 @@ class DualMaskedLayer(Function):
     def forward(ctx, input, perturbed_input, weight, mask, noise, bias, kind, geometry, backend):
         ctx.kind, ctx.geometry, ctx.backend, ctx.input_size = kind, geometry, backend, input.shape
         ctx.set_materialize_grads(False)
-        kept = (input, perturbed_input) if any(ctx.needs_input_grad[2:5]) else (None, None)
-        ctx.save_for_backward(*kept, weight, mask, noise)
         other = None if perturbed_input is input else perturbed_input
+        kept = (input, other) if any(ctx.needs_input_grad[2:5]) else (None, None)
+        ctx.save_for_backward(*kept, weight, mask, noise)
         op = getattr(_ops, f"dual_masked_{kind}")
         return op(input, other, weight, mask, noise, bias, *geometry, backend=backend)
 
@@ -150,9 +164,10 @@ class RescaleToL1Ball(Function):
     @staticmethod
     def backward(ctx, grad):
         (input,) = ctx.saved_tensors
-        norm = input.abs().sum(1, keepdim=True)
-        radial = input.sign() * (grad * input).sum(1, keepdim=True) / norm
-        return torch.where(norm <= ctx.radius, grad, ctx.radius / norm * (grad - radial)), None, None
+        norm = l1_norm(input)
+        radial = input.sign() * (grad.double() * input).sum(1, keepdim=True) / norm
+        scale = ctx.radius / norm.clamp_min(ctx.radius)
+        return (scale * (grad - radial * (norm > ctx.radius))).to(grad.dtype), None, None
 
 
 class ProjectOntoL1Ball(Function):
@@ -170,7 +185,8 @@ class ProjectOntoL1Ball(Function):
     @staticmethod
     def backward(ctx, grad):
         input, output = ctx.saved_tensors
-        inside = input.abs().sum(1, keepdim=True) <= ctx.radius
         sign = output.sign()
-        mean = (grad * sign).sum(1, keepdim=True) / sign.abs().sum(1, keepdim=True).clamp_min(1)
-        return torch.where(inside, grad, sign.abs() * grad - sign * mean), None, None
+        support = sign.abs().double()
+        mean = (grad * sign).sum(1, keepdim=True, dtype=torch.float64) / support.sum(1, keepdim=True).clamp_min(1)
+        outside = support * (grad - sign * mean)
+        return torch.where(l1_norm(input) <= ctx.radius, grad, outside).to(grad.dtype), None, None

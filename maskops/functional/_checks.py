@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
-FLOATING = (torch.float64, torch.float32, *_HALF)
+_MIXABLE = (torch.float32, torch.float16, torch.bfloat16)
+FLOATING = (torch.float64, *_MIXABLE)
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -17,71 +17,79 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
 
 def broadcasts(factor: Tensor, to: Tensor) -> bool:
     """Whether ``factor`` broadcasts to the shape of ``to`` without enlarging it."""
+    if factor.shape == to.shape:
+        return True
     pairs = zip(reversed(factor.shape), reversed(to.shape), strict=False)
     return factor.dim() <= to.dim() and all(size in (1, of) for size, of in pairs)
 
 
-def check_factors(op: str, weight: Tensor, mask: Tensor, noise: Tensor | None) -> None:
-    """The mask and the noise are floating and broadcast to the weight without enlarging it, all on one device."""
-    for name, factor in (("mask", mask), ("noise", noise)):
-        if factor is None:
-            continue
-        if factor.dtype not in FLOATING:
-            raise TypeError(f"{op}: {name} must be a floating dtype; got {factor.dtype}")
-        if factor.device != weight.device:
-            raise ValueError(f"{op}: {name} must be on the weight's device {weight.device}; got {factor.device}")
-        if not broadcasts(factor, weight):
-            raise ValueError(f"{op}: {name} must broadcast to weight {shape(weight)}; got {name} {shape(factor)}")
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be a floating dtype; got {tensor.dtype}")
 
 
-def check_weight(op: str, weight: Tensor) -> None:
-    if weight.dtype not in FLOATING:
-        raise TypeError(f"{op}: weight must be a floating dtype; got {weight.dtype}")
+def check_factor(op: str, name: str, factor: Tensor, of: str, parameter: Tensor) -> None:
+    """A factor is floating and broadcasts to its parameter (of the name ``of``) without enlarging it, on its device."""
+    check_floating(op, name, factor)
+    if factor.device != parameter.device:
+        raise ValueError(f"{op}: {name} must be on the {of}'s device {parameter.device}; got {factor.device}")
+    if not broadcasts(factor, parameter):
+        raise ValueError(f"{op}: {name} must broadcast to {of} {shape(parameter)}; got {name} {shape(factor)}")
+
+
+def check_weight(op: str, weight: Tensor, mask: Tensor, noise: Tensor | None) -> None:
+    """What every effective weight asks of its factors."""
+    check_floating(op, "weight", weight)
+    check_factor(op, "mask", mask, "weight", weight)
+    if noise is not None:
+        check_factor(op, "noise", noise, "weight", weight)
 
 
 def check_layer(
     op: str, input: Tensor, weight: Tensor, mask: Tensor, noise: Tensor | None, bias: Tensor | None, out_features: int
 ) -> None:
     """What every masked layer asks of its tensors, besides the sizes of the input."""
-    if input.dtype not in FLOATING:
-        raise TypeError(f"{op}: input must be a floating dtype; got {input.dtype}")
-    check_weight(op, weight)
-    # 16-bit activations over float32 weights, and 16-bit weights under float32 activations, are what mixed precision
-    # and memory-short runs need; float64 is not mixed.
-    mixed = {input.dtype, weight.dtype} <= {torch.float32, *_HALF}
-    if input.dtype != weight.dtype and not mixed:
-        raise TypeError(f"{op}: input and weight must have one dtype; got {input.dtype} and {weight.dtype}")
-    if input.device != weight.device:
-        raise ValueError(f"{op}: input must be on the weight's device {weight.device}; got {input.device}")
-    check_factors(op, weight, mask, noise)
+    check_floating(op, "input", input)
+    check_weight(op, weight, mask, noise)
+    _check_computes_with(op, "weight", weight, input)
     if bias is None:
         return
-    if shape(bias) != (out_features,):
+    _check_computes_with(op, "bias", bias, input)
+    if bias.shape != (out_features,):
         raise ValueError(f"{op}: bias must have shape ({out_features},); got {shape(bias)}")
-    if bias.dtype not in (input.dtype, weight.dtype):
-        raise TypeError(f"{op}: bias must have the dtype of input or weight; got {bias.dtype}")
-    if bias.device != weight.device:
-        raise ValueError(f"{op}: bias must be on the weight's device {weight.device}; got {bias.device}")
+
+
+def _check_computes_with(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    # 16-bit activations over float32 weights, and 16-bit weights under float32 activations, are what mixed precision
+    # and memory-short runs need; float64 is not mixed.
+    if tensor.dtype != input.dtype and not (tensor.dtype in _MIXABLE and input.dtype in _MIXABLE):
+        raise TypeError(f"{op}: input and {name} must have one dtype; got {input.dtype} and {tensor.dtype}")
+    if tensor.device != input.device:
+        raise ValueError(f"{op}: {name} must be on the input's device {input.device}; got {tensor.device}")
 
 
 def expand(op: str, name: str, value: int | Sequence[int], dims: int, least: int) -> tuple[int, ...]:
     """An int, or one int per spatial dimension, as a tuple of ``dims`` ints of at least ``least``."""
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) == 1:
-        values *= dims
-    if len(values) != dims:
-        raise ValueError(f"{op}: {name} must be an int or {dims} ints; got {value}")
-    if any(v < least for v in values):
+    values = (value,) if isinstance(value, int) else value
+    if not isinstance(values, (tuple, list)) or len(values) not in (1, dims):
+        raise ValueError(f"{op}: {name} must be an int or {dims} ints; got {value!r}")
+    if min(values) < least:
         raise ValueError(f"{op}: {name} must be at least {least}; got {value}")
-    return values
+    return tuple(values) if len(values) == dims else tuple(values) * dims
 
 
-def check_branches(op: str, input: Tensor, perturbed_input: Tensor | None) -> None:
+def branches(op: str, input: Tensor, perturbed_input: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inputs of a dual layer's two branches: twice the same tensor when there is no perturbed input."""
     if perturbed_input is None:
-        return
+        return input, input
     if perturbed_input.shape != input.shape:
         raise ValueError(
             f"{op}: perturbed_input must have the input's shape {shape(input)}; got {shape(perturbed_input)}"
         )
     if perturbed_input.dtype != input.dtype:
         raise TypeError(f"{op}: perturbed_input must have the input's dtype {input.dtype}; got {perturbed_input.dtype}")
+    if perturbed_input.device != input.device:
+        raise ValueError(
+            f"{op}: perturbed_input must be on the input's device {input.device}; got {perturbed_input.device}"
+        )
+    return input, perturbed_input

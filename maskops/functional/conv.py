@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskops.functional._autograd import DualMaskedLayer, MaskedLayer, autocast_dtype, autocast_off, run
-from maskops.functional._checks import check_branches, check_layer, expand, shape
+from maskops.functional._autograd import DualMaskedLayer, MaskedLayer, each, run_layer
+from maskops.functional._checks import branches, check_layer, expand, shape
 
 Size = int | Sequence[int]
 
@@ -156,35 +156,24 @@ def dual_masked_conv2d(
     >>> clean.item(), perturbed.item()
     (2.0, 3.0)
     """
-    check_branches("dual_masked_conv2d", input, perturbed_input)
-    inputs = (input, input if perturbed_input is None else perturbed_input)
+    inputs = branches("dual_masked_conv2d", input, perturbed_input)
     layer, options = (weight, mask, noise, bias), (stride, padding, dilation, groups)
     return _convolve("dual_masked_conv2d", 2, DualMaskedLayer, inputs, layer, options, backend)
 
 
 def _convolve(op, dims, function, inputs, layer, options, backend):
-    """Checks, casts for autocast, adds the batch dimension and what padding is not symmetric, and runs ``function``."""
+    """Checks, adds the batch dimension and what padding is not symmetric, and runs ``function``."""
     weight, mask, noise, bias = layer
-    geometry, extra_padding = _geometry(op, dims, weight, *options)
-    dtype = autocast_dtype(inputs[0])
-    batched = inputs[0].dim() == dims + 2
-
-    def prepare(input: Tensor) -> Tensor:
-        input = input if dtype is None else input.to(dtype)
-        _check_sizes(op, dims, input, weight, geometry, extra_padding)
-        input = input if batched else input.unsqueeze(0)
-        return F.pad(input, extra_padding) if any(extra_padding) else input
-
-    first, *others = inputs
-    prepared = prepare(first)
-    inputs = (prepared, *(prepared if other is first else prepare(other) for other in others))
-    if dtype is not None and bias is not None:
-        bias = bias.to(dtype)
+    geometry, uneven = _geometry(op, dims, weight, *options)
+    _check_sizes(op, dims, inputs[0], weight, geometry, uneven)
     check_layer(op, inputs[0], weight, mask, noise, bias, _out_channels(weight, geometry))
-    with autocast_off(inputs[0], dtype):
-        outputs = run(function, *inputs, weight, mask, noise, bias, "conv", geometry, backend)
-    if batched:
-        return outputs
+    if any(uneven):
+        at_the_end = [extra for pad in reversed(uneven) for extra in (0, pad)]
+        inputs = each(lambda input: F.pad(input, at_the_end), inputs)
+    if inputs[0].dim() == dims + 2:
+        return run_layer(function, inputs, weight, mask, noise, bias, "conv", geometry, backend)
+    inputs = each(lambda input: input.unsqueeze(0), inputs)
+    outputs = run_layer(function, inputs, weight, mask, noise, bias, "conv", geometry, backend)
     return outputs.squeeze(0) if isinstance(outputs, Tensor) else tuple(output.squeeze(0) for output in outputs)
 
 
@@ -193,59 +182,64 @@ def _out_channels(weight: Tensor, geometry: tuple) -> int:
     return weight.shape[1] * groups if transposed else weight.shape[0]
 
 
-def _geometry(op, dims, weight, stride, padding, dilation, groups, output_padding=None) -> tuple[tuple, list[int]]:
-    """The op's geometry, and what an uneven ``"same"`` adds at the end of each dimension, in F.pad's order."""
+def _geometry(op, dims, weight, stride, padding, dilation, groups, output_padding=None) -> tuple[tuple, Sequence[int]]:
+    """The op's geometry, and by how much ``"same"`` pads more at the end than at the beginning of each dimension."""
     if weight.dim() != dims + 2:
         raise ValueError(f"{op}: weight must have {dims + 2} dimensions; got {shape(weight)}")
     if groups < 1:
         raise ValueError(f"{op}: groups must be at least 1; got {groups}")
     stride = expand(op, "stride", stride, dims, 1)
     dilation = expand(op, "dilation", dilation, dims, 1)
+    uneven = (0,) * dims
     transposed = output_padding is not None
-    extra_padding = [0] * 2 * dims
-    if isinstance(padding, str):
-        padding, extra_padding = _padding_from_name(op, weight, stride, padding, dilation)
+    if not transposed:
+        output_padding = (0,) * dims
+        if isinstance(padding, str):
+            padding, uneven = _padding_from_name(op, weight, stride, padding, dilation)
+    else:
+        output_padding = expand(op, "output_padding", output_padding, dims, 0)
+        if any(extra >= max(s, d) for extra, s, d in zip(output_padding, stride, dilation, strict=True)):
+            raise ValueError(f"{op}: output_padding must be smaller than stride or dilation; got {output_padding}")
     padding = expand(op, "padding", padding, dims, 0)
-    output_padding = expand(op, "output_padding", output_padding or 0, dims, 0)
-    if any(extra >= max(s, d) for extra, s, d in zip(output_padding, stride, dilation, strict=True)):
-        raise ValueError(f"{op}: output_padding must be smaller than stride or dilation; got {output_padding}")
-    return (stride, padding, dilation, transposed, output_padding, groups), extra_padding
+    return (stride, padding, dilation, transposed, output_padding, groups), uneven
 
 
-def _padding_from_name(op, weight, stride, padding, dilation) -> tuple[tuple[int, ...], list[int]]:
+def _padding_from_name(op, weight, stride, padding, dilation) -> tuple[Sequence[int], Sequence[int]]:
     if padding not in ("same", "valid"):
         raise ValueError(f"{op}: padding must be ints, 'same' or 'valid'; got {padding!r}")
     if padding == "valid":
-        return (0,) * len(stride), [0] * 2 * len(stride)
+        return (0,) * len(stride), (0,) * len(stride)
     if any(s != 1 for s in stride):
         raise ValueError(f"{op}: padding 'same' needs stride 1; got stride {stride}")
     total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
-    at_the_end = [extra for t in reversed(total) for extra in (0, t % 2)]
-    return tuple(t // 2 for t in total), at_the_end
+    return [t // 2 for t in total], [t % 2 for t in total]
 
 
-def _check_sizes(op, dims, input, weight, geometry, extra_padding) -> None:
-    _, padding, dilation, transposed, _, groups = geometry
+def _check_sizes(op, dims, input, weight, geometry, uneven) -> None:
+    stride, padding, dilation, transposed, output_padding, groups = geometry
     if input.dim() not in (dims + 1, dims + 2):
         raise ValueError(
             f"{op}: input must have {dims + 2} dimensions, or {dims + 1} for one image; got {shape(input)}"
         )
-    in_channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    out, channels, *kernel = weight.shape
+    if out % groups:
+        raise ValueError(f"{op}: weight's first dimension must be divisible by groups {groups}; got {shape(weight)}")
+    in_channels = out if transposed else channels * groups
     if input.shape[-dims - 1] != in_channels:
         raise ValueError(
             f"{op}: input must have {in_channels} channels for weight {shape(weight)} and groups {groups}; "
             f"got {shape(input)}"
         )
-    if weight.shape[0] % groups:
-        raise ValueError(f"{op}: weight's first dimension must be divisible by groups {groups}; got {shape(weight)}")
-    if 0 in weight.shape[2:]:
+    if 0 in kernel:
         raise ValueError(f"{op}: weight must have a kernel of at least 1; got {shape(weight)}")
-    if transposed:
-        return
-    extra = extra_padding[::-2]
-    for size, kernel, p, d, e in zip(input.shape[-dims:], weight.shape[2:], padding, dilation, extra, strict=True):
-        if size + 2 * p + e < d * (kernel - 1) + 1:
+    for i, size in enumerate(input.shape[-dims:]):
+        reach = dilation[i] * (kernel[i] - 1)
+        if transposed:
+            room = (size - 1) * stride[i] + reach + output_padding[i] - 2 * padding[i]
+        else:
+            room = size - 1 + 2 * padding[i] + uneven[i] - reach
+        if room < 0:
             raise ValueError(
-                f"{op}: kernel must fit into the padded input; got input {shape(input)}, padding {padding}, "
-                f"dilation {dilation} and weight {shape(weight)}"
+                f"{op}: padding {padding} and dilation {dilation} must leave an output; "
+                f"got input {shape(input)} and weight {shape(weight)}"
             )

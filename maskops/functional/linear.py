@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskops.functional._autograd import DualMaskedLayer, MaskedLayer, autocast_dtype, autocast_off, run
-from maskops.functional._checks import check_branches, check_layer, shape
+from maskops.functional._autograd import DualMaskedLayer, MaskedLayer, run_layer
+from maskops.functional._checks import branches, check_layer, shape
 
 
 def masked_linear(
@@ -59,23 +59,17 @@ def dual_masked_linear(
     >>> clean.item(), perturbed.item()
     (1.0, 1.5)
     """
-    check_branches("dual_masked_linear", input, perturbed_input)
-    inputs = (input, input if perturbed_input is None else perturbed_input)
+    inputs = branches("dual_masked_linear", input, perturbed_input)
     return _linear("dual_masked_linear", DualMaskedLayer, inputs, weight, mask, noise, bias, backend)
 
 
 def _linear(op, function, inputs, weight, mask, noise, bias, backend):
-    dtype = autocast_dtype(inputs[0])
-    if dtype is not None:
-        first = inputs[0].to(dtype)
-        inputs = tuple(first if input is inputs[0] else input.to(dtype) for input in inputs)
-        bias = None if bias is None else bias.to(dtype)
+    input = inputs[0]
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must have 2 dimensions; got {shape(weight)}")
-    if inputs[0].dim() == 0 or inputs[0].shape[-1] != weight.shape[1]:
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: input must end in {weight.shape[1]} features for weight {shape(weight)}; got {shape(inputs[0])}"
+            f"{op}: input must end in {weight.shape[1]} features for weight {shape(weight)}; got {shape(input)}"
         )
-    check_layer(op, inputs[0], weight, mask, noise, bias, weight.shape[0])
-    with autocast_off(inputs[0], dtype):
-        return run(function, *inputs, weight, mask, noise, bias, "linear", (), backend)
+    check_layer(op, input, weight, mask, noise, bias, weight.shape[0])
+    return run_layer(function, inputs, weight, mask, noise, bias, "linear", (), backend)

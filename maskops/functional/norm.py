@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskops.functional._checks import shape
-from maskops.functional.weight import effective_weight
+from maskops.functional._autograd import EffectiveWeight, run
+from maskops.functional._checks import check_factor, check_floating, check_weight, shape
 
 
 def masked_batch_norm(
@@ -44,9 +44,13 @@ def masked_batch_norm(
     tensor([[-0.5000],
             [ 0.5000]])
     """
-    _check_shift("masked_batch_norm", bias, noise_bias)
-    scale = effective_weight(weight, mask, noise, backend=backend)
-    return F.batch_norm(input, running_mean, running_var, scale, _shift(bias, noise_bias), training, momentum, eps)
+    check_floating("masked_batch_norm", "input", input)
+    if input.dim() < 2 or weight.shape != input.shape[1:2]:
+        raise ValueError(
+            f"masked_batch_norm: weight must have one value per channel; got {shape(weight)} for input {shape(input)}"
+        )
+    scale, shift = _scale_and_shift("masked_batch_norm", weight, mask, bias, noise, noise_bias, backend)
+    return F.batch_norm(input, running_mean, running_var, scale, shift, training, momentum, eps)
 
 
 def masked_layer_norm(
@@ -77,15 +81,24 @@ def masked_layer_norm(
     >>> masked_layer_norm(torch.tensor([[1.0, 3.0]]), [2], torch.ones(2), torch.tensor([1.0, 0.0]))
     tensor([[-1.0000,  0.0000]])
     """
-    _check_shift("masked_layer_norm", bias, noise_bias)
-    scale = effective_weight(weight, mask, noise, backend=backend)
-    return F.layer_norm(input, list(normalized_shape), scale, _shift(bias, noise_bias), eps)
+    check_floating("masked_layer_norm", "input", input)
+    normalized_shape = tuple(normalized_shape)
+    if weight.shape != normalized_shape:
+        raise ValueError(f"masked_layer_norm: weight must have shape {normalized_shape}; got {shape(weight)}")
+    if input.shape[-weight.dim() :] != normalized_shape:
+        raise ValueError(f"masked_layer_norm: input must end in {normalized_shape}; got {shape(input)}")
+    scale, shift = _scale_and_shift("masked_layer_norm", weight, mask, bias, noise, noise_bias, backend)
+    return F.layer_norm(input, normalized_shape, scale, shift, eps)
 
 
-def _check_shift(op: str, bias: Tensor | None, noise_bias: Tensor | None) -> None:
-    if noise_bias is not None and bias is None:
+def _scale_and_shift(op, weight, mask, bias, noise, noise_bias, backend) -> tuple[Tensor, Tensor | None]:
+    """``weight * (mask + noise)`` and ``bias * (1 + noise_bias)``."""
+    check_weight(op, weight, mask, noise)
+    scale = run(EffectiveWeight, weight, mask, noise, weight.dtype, backend)
+    if noise_bias is None:
+        return scale, bias
+    if bias is None:
         raise ValueError(f"{op}: noise_bias needs a bias to act on; got noise_bias {shape(noise_bias)} and no bias")
-
-
-def _shift(bias: Tensor | None, noise_bias: Tensor | None) -> Tensor | None:
-    return bias if noise_bias is None else effective_weight(bias, noise_bias + 1)
+    check_floating(op, "bias", bias)
+    check_factor(op, "noise_bias", noise_bias, "bias", bias)
+    return scale, run(EffectiveWeight, bias, noise_bias + 1, None, bias.dtype, backend)

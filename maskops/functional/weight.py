@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops.functional._autograd import EffectiveWeight, run
-from maskops.functional._checks import FLOATING, broadcasts, check_factors, check_weight, shape
+from maskops.functional._checks import FLOATING, broadcasts, check_floating, check_weight, shape
 
 
 def effective_weight(
@@ -34,8 +34,7 @@ def effective_weight(
     >>> effective_weight(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.5]))
     tensor([2.0000, 1.5000])
     """
-    check_weight("effective_weight", weight)
-    check_factors("effective_weight", weight, mask, noise)
+    check_weight("effective_weight", weight, mask, noise)
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in FLOATING:
         raise TypeError(f"effective_weight: dtype must be floating; got {dtype}")
@@ -54,8 +53,7 @@ def clip_mask_(mask: Tensor, lower: float | Tensor = 0.0, upper: float = 1.0) ->
     >>> clip_mask_(torch.tensor([-0.5, 0.5, 1.5]))
     tensor([0.0000, 0.5000, 1.0000])
     """
-    if mask.dtype not in FLOATING:
-        raise TypeError(f"clip_mask_: mask must be a floating dtype; got {mask.dtype}")
+    check_floating("clip_mask_", "mask", mask)
     if not isinstance(lower, Tensor) and lower > upper:
         raise ValueError(f"clip_mask_: lower must not be above upper; got lower {lower} and upper {upper}")
     if isinstance(lower, Tensor) and not broadcasts(lower, mask):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +23,8 @@ def effective_weight_backward(
 ) -> list[Tensor]:
     """``grad * (mask + noise)`` for the weight; ``grad * weight``, summed where broadcast, for mask and noise."""
     need_weight, need_mask, need_noise = needs
+    # in the widest dtype, so that a float32 mask over 16-bit weights has a float32 gradient
+    grad = grad.to(reduce(torch.promote_types, [t.dtype for t in (grad, weight, mask, noise) if t is not None]))
     grads = []
     if need_weight:
         grads.append((grad * (mask if noise is None else mask + noise)).to(weight.dtype))
@@ -36,7 +41,7 @@ def masked_conv(
 ) -> Tensor:
     """``conv(input, effective_weight(weight, mask, noise), bias)``."""
     effective = effective_weight(weight, mask, noise, input.dtype)
-    return aten.convolution(input, effective, bias, stride, padding, dilation, transposed, output_padding, groups)
+    return torch.convolution(input, effective, bias, stride, padding, dilation, transposed, output_padding, groups)
 
 
 def masked_conv_backward(
@@ -69,12 +74,16 @@ def masked_linear_backward(grad, input, weight, mask, noise, input_size, needs) 
     grad_input = grad_effective = grad_bias = None
     if need_input:
         grad_input = grad @ effective_weight(weight, mask, noise, grad.dtype)
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = _rows(grad)
     if any(need_factors):
-        grad_effective = rows.t() @ input.reshape(-1, input.shape[-1])
+        grad_effective = rows.t() @ _rows(input)
     if need_bias:
         grad_bias = rows.sum(0)
     return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs) -> list[Tensor]:
@@ -122,6 +131,7 @@ def dual_masked_linear_backward(
 
 
 def _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, noise, needs) -> list[Tensor]:
+    perturbed_input = input if perturbed_input is None else perturbed_input
     need_input, need_perturbed_input, need_weight, need_mask, need_noise, need_bias = needs
     totals: dict[str, Tensor] = {}
 

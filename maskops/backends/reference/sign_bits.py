@@ -20,8 +20,8 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def relu_bits(input: Tensor, upper: float) -> tuple[Tensor, Tensor]:
     """``clamp(input, 0, upper)``, and a bit per element, in the output's memory order: 1 where the gradient passes.
 
-    It passes unless ``output <= 0`` or, for a finite ``upper``, ``output >= upper``; so it passes at NaN. Element 8i + j
-    is bit j of byte i; the last byte is filled up with zeros.
+    It passes unless ``output <= 0`` or, for a finite ``upper``, ``output >= upper``; so it passes at NaN. Element
+    8i + j is bit j of byte i; the last byte is filled up with zeros.
     """
     output = input.relu() if upper == math.inf else aten.hardtanh(input, 0, upper)
     return output, _pack(output, upper)

@@ -1,0 +1,195 @@
+"""Mask optimisers against torch's own, and the arena against separate tensors."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from maskops.arena import MaskArena
+from maskops.functional import clip_mask_
+from maskops.optim import MaskAdam, MaskSGD
+
+SHAPES = {"conv": (5, 3, 3, 3), "pointwise": (2, 5, 1, 1), "linear": (3, 7), "norm": (9,), "volume": (2, 3, 1, 2, 2)}
+
+
+def random_masks(dtype=torch.float64):
+    return [nn.Parameter(torch.rand(shape, dtype=dtype)) for shape in SHAPES.values()]
+
+
+def make(kind, masks, **options):
+    return MaskAdam(masks, lr=0.05, **options) if kind == "adam" else MaskSGD(masks, lr=0.05, momentum=0.9, **options)
+
+
+def make_torch(kind, masks):
+    return torch.optim.Adam(masks, lr=0.05) if kind == "adam" else torch.optim.SGD(masks, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("l1", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_equal_torch_then_clip(kind, l1, dtype):
+    ours, theirs = random_masks(dtype), None
+    theirs = [nn.Parameter(mask.detach().clone()) for mask in ours]
+    optimizer, plain = make(kind, ours, l1=l1), make_torch(kind, theirs)
+    for _ in range(7):
+        for mask, other in zip(ours, theirs, strict=True):
+            mask.grad = torch.randn_like(mask)
+            other.grad = mask.grad + l1 * other.detach().sign()
+        optimizer.step()
+        plain.step()
+        for mask, other in zip(ours, theirs, strict=True):
+            clip_mask_(other)
+            torch.testing.assert_close(mask, other, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-7)
+    assert any((mask == 0).any() for mask in ours) and any((mask == 1).any() for mask in ours)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_step_over_the_arena_equals_separate_masks(kind):
+    weights = {name: torch.randn(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    masks = dict(zip(SHAPES, random_masks(), strict=True))
+    arena = MaskArena(weights, masks)
+    separate = [nn.Parameter(mask.detach().clone()) for mask in masks.values()]
+    flat, plain = make(kind, arena, l1=0.1), make(kind, separate, l1=0.1)
+    for _ in range(4):
+        factors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+        sum((factors[name] * weight).sum() for name, weight in arena.effective_weights.items()).backward()
+        for mask, (name, weight) in zip(separate, weights.items(), strict=True):
+            mask.grad = factors[name] * weight
+        flat.step()
+        plain.step()
+        for mask, name in zip(separate, weights, strict=True):
+            torch.testing.assert_close(arena.masks[name], mask.detach(), rtol=1e-13, atol=1e-15)
+            expected = weights[name] * arena.masks[name]
+            torch.testing.assert_close(arena.effective_weights[name].detach(), expected, rtol=0, atol=0)
+            assert not arena.effective_weights[name].grad.any()
+
+
+def test_coarse_masks_get_the_sum_of_their_weights_gradients():
+    weights = {"conv": torch.randn(4, 3, 3, 3), "linear": torch.randn(2, 5)}
+    masks = {"conv": torch.rand(4, 1, 1, 1), "linear": torch.rand(2, 1)}
+    arena = MaskArena(weights, masks)
+    factors = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    sum((factors[name] * weight).sum() for name, weight in arena.effective_weights.items()).backward()
+    MaskSGD(arena, lr=0.01, lower=-10.0, upper=10.0).step()
+    for name, mask in masks.items():
+        gradient = (factors[name] * weights[name]).sum_to_size(mask.shape)
+        torch.testing.assert_close(arena.masks[name], mask - 0.01 * gradient)
+        torch.testing.assert_close(arena.effective_weights[name].detach(), weights[name] * arena.masks[name])
+
+
+def test_the_arena_is_flat_aligned_and_channels_last():
+    weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    arena = MaskArena(weights, {name: torch.rand(shape) for name, shape in SHAPES.items()}, torch.bfloat16)
+    for flat, views in (
+        (arena.weight, arena.weights),
+        (arena.mask, arena.masks),
+        (arena.effective, arena.effective_weights),
+        (arena.grad, {name: weight.grad for name, weight in arena.effective_weights.items()}),
+    ):
+        assert flat.dim() == 1
+        for name, view in views.items():
+            assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+            assert view.storage_offset() * view.element_size() % 16 == 0
+            assert view.shape == SHAPES[name]
+    assert arena.weights["conv"].is_contiguous(memory_format=torch.channels_last)
+    assert arena.weights["volume"].is_contiguous(memory_format=torch.channels_last_3d)
+    assert arena.effective.dtype == arena.grad.dtype == torch.bfloat16
+    assert arena.mask.dtype == arena.weight.dtype == torch.float32
+
+
+def test_each_layer_can_have_its_own_lower_bound():
+    weights = {"a": torch.ones(3), "b": torch.ones(20)}
+    arena = MaskArena(weights, {name: torch.ones_like(weight) for name, weight in weights.items()})
+    optimizer = MaskSGD(arena, lr=100.0, lower=arena.per_mask({"a": 0.25, "b": 0.5}))
+    sum(weight.sum() for weight in arena.effective_weights.values()).backward()
+    optimizer.step()
+    assert torch.equal(arena.masks["a"], torch.full((3,), 0.25)) and torch.equal(
+        arena.masks["b"], torch.full((20,), 0.5)
+    )
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_state_dict_resumes_to_the_same_masks(kind):
+    masks = random_masks()
+    optimizer = make(kind, masks)
+
+    def steps(optimizer, masks, seed):
+        torch.manual_seed(seed)
+        for _ in range(3):
+            for mask in masks:
+                mask.grad = torch.randn_like(mask)
+            optimizer.step()
+
+    steps(optimizer, masks, 1)
+    copies = [nn.Parameter(mask.detach().clone()) for mask in masks]
+    resumed = make(kind, copies)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(optimizer, masks, 2)
+    steps(resumed, copies, 2)
+    assert all(torch.equal(mask, other) for mask, other in zip(masks, copies, strict=True))
+
+
+def test_a_learning_rate_schedule_and_groups_work():
+    masks = random_masks(torch.float32)
+    optimizer = MaskAdam([{"params": masks[:2], "lower": 0.5}, {"params": masks[2:]}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for mask in masks:
+        mask.grad = torch.ones_like(mask)
+    for _ in range(20):
+        optimizer.step()
+        schedule.step()
+    assert min(mask.min() for mask in masks[:2]) >= 0.5 > min(mask.min() for mask in masks[2:])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**20)
+
+
+def test_capturable_takes_the_same_steps_with_everything_in_tensors():
+    masks = random_masks()
+    copies = [nn.Parameter(mask.detach().clone()) for mask in masks]
+    plain, capturable = MaskAdam(masks, lr=0.05), MaskAdam(copies, lr=torch.tensor(0.05), capturable=True)
+    for _ in range(3):
+        for mask, other in zip(masks, copies, strict=True):
+            mask.grad = torch.randn_like(mask)
+            other.grad = mask.grad.clone()
+        plain.step()
+        capturable.step()
+    for mask, other in zip(masks, copies, strict=True):
+        torch.testing.assert_close(mask, other, rtol=1e-7, atol=1e-9)
+
+
+def test_masks_without_a_gradient_stay_and_closures_run():
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = MaskSGD([first, second], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = first.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 2
+    assert torch.equal(first.data, torch.full((2,), 0.9)) and torch.equal(second.data, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (lambda masks: MaskAdam(masks, lr=-1.0), "MaskAdam: lr must not be negative; got -1.0"),
+        (lambda masks: MaskSGD(masks, l1=-1.0), "MaskSGD: l1 must not be negative; got -1.0"),
+        (
+            lambda masks: MaskAdam(masks, lower=2.0),
+            "MaskAdam: lower must not be above upper; got lower 2.0 and upper 1.0",
+        ),
+        (lambda masks: MaskAdam(masks, betas=(0.9, 1.0)), "MaskAdam: betas must be in [0, 1); got (0.9, 1.0)"),
+        (lambda masks: MaskSGD(masks, momentum=1.0), "MaskSGD: momentum must be in [0, 1); got 1.0"),
+        (lambda masks: MaskArena({}, {}), "MaskArena: expected one mask per weight; got weights [] and masks []"),
+        (
+            lambda masks: MaskArena({"a": masks[0]}, {"b": masks[0]}),
+            "MaskArena: expected one mask per weight; got weights ['a'] and masks ['b']",
+        ),
+    ],
+)
+def test_bad_arguments_are_one_line(construct, message):
+    with pytest.raises(ValueError) as error:
+        construct([nn.Parameter(torch.ones(2))])
+    assert str(error.value) == message
