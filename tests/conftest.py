@@ -3,11 +3,15 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from maskops import _dispatch
+
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
 
 _served: Counter[tuple[str, str]] = Counter()
 

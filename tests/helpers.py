@@ -106,15 +106,19 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, tuple]] = []
+        self.calls: list[tuple[str, tuple, dict]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((func._schema.name, args))
+        self.calls.append((func._schema.name, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def arguments(self, name: str) -> list[tuple]:
         """The arguments of each call of the op of this name, such as ``"aten::convolution_backward"``."""
-        return [args for called, args in self.calls if called == name]
+        return [args for called, args, _ in self.calls if called == name]
+
+    def backends(self, name: str) -> list[str | None]:
+        """The backend that each call of the op asked for."""
+        return [kwargs.get("backend") for called, _, kwargs in self.calls if called == name]
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

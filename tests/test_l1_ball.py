@@ -43,7 +43,7 @@ def inside(y, radius, x):
 
 @BOTH
 @given(x=points(), radius=radii)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_l1_ball_result_is_inside_keeps_signs_and_what_was_inside(into, x, radius):
     y = into(x, radius)
     assert inside(y, radius, x)
@@ -55,14 +55,14 @@ def test_l1_ball_result_is_inside_keeps_signs_and_what_was_inside(into, x, radiu
 
 @BOTH
 @given(x=points(), radius=radii)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_l1_ball_is_idempotent(into, x, radius):
     once = into(x, radius)
     assert torch.allclose(into(once, radius), once, rtol=1e-6, atol=1e-44 + 1e-15 * x.abs().max().item())
 
 
 @given(x=points(), radius=radii)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rescale_to_l1_ball_keeps_the_direction_and_ends_on_the_sphere(x, radius):
     y = rescale_to_l1_ball(x, radius)
     scale = min(1.0, radius / norm(x)) if norm(x) else 0.0
@@ -70,7 +70,7 @@ def test_rescale_to_l1_ball_keeps_the_direction_and_ends_on_the_sphere(x, radius
 
 
 @given(x=points(), radius=radii)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_project_onto_l1_ball_is_no_farther_than_the_rescaled_point(x, radius):
     projected, rescaled = project_onto_l1_ball(x, radius), rescale_to_l1_ball(x, radius)
     distances = [(x.double() - y.double()).norm().item() for y in (projected, rescaled)]
@@ -89,7 +89,7 @@ def projection_by_bisection(x, radius):
 
 
 @given(x=points(), radius=radii)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_project_onto_l1_ball_finds_the_threshold_that_bisection_finds(x, radius):
     if norm(x) <= radius:
         return
@@ -100,7 +100,7 @@ def test_project_onto_l1_ball_finds_the_threshold_that_bisection_finds(x, radius
 
 
 @given(x=points(), radius=st.sampled_from([0.1, 1.0, 3.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_project_onto_l1_ball_satisfies_the_optimality_conditions(x, radius):
     x = x.double()
     if norm(x) <= radius:

@@ -80,10 +80,26 @@ class WorkingModel(nn.Module):
         trigger = trigger if self.std is None else trigger / self.std
 
         def add_trigger(convolution: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            return output + convolution._conv_forward(trigger, convolution.weight, None)
+            return _AddToAll.apply(output, convolution._conv_forward(trigger, convolution.weight, None))
 
         with self.network.get_submodule(self._first).register_forward_hook(add_trigger):
             return _logits(self.network(self.normalise(images)))
+
+
+class _AddToAll(torch.autograd.Function):
+    """``outputs + one``, for outputs (B, C, *) without a gradient and one (1, C, *).
+
+    The gradient of one is the sum over the batch, taken in the order of memory: on the CPU many times as fast as the
+    sum that autograd would take over a channels_last tensor.
+    """
+
+    @staticmethod
+    def forward(ctx, outputs, one):
+        return outputs + one
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad.movedim(1, -1).sum(0, keepdim=True).movedim(-1, 1)
 
 
 def _logits(output: Any) -> Tensor:
