@@ -1,6 +1,7 @@
 """AWM against a literal transcription of the published update, and end to end on what its options promise."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -170,6 +171,7 @@ def test_awm_records_history_timings_and_options(clean_data):
     assert result.timings.keys() == {"inner", "outer", "total", "peak_bytes"}
     assert result.options["tau"] == pytest.approx(1000 * 2 * 8 * 8 / (3 * 32 * 32))
     assert result.options["batch_size"] == 16 and result.options["method"] == "awm"
+    assert json.loads(json.dumps(result.options)) == result.options
 
 
 def test_the_model_given_to_on_epoch_is_the_purified_one(clean_data):
@@ -299,6 +301,13 @@ def test_bad_options_are_one_line(clean_data, options, message):
 def test_unknown_options_name_the_known_ones(clean_data):
     with pytest.raises(TypeError, match=r"^awm: no option tow; there are alpha, batch_size, .*"):
         awm(tiny_network(), clean_data, tow=3)
+
+
+def test_other_precisions_are_refused(clean_data):
+    with pytest.raises(
+        TypeError, match=r"^awm: dtype must be the model's torch.float64 or bfloat16; got torch.float16$"
+    ):
+        awm(tiny_network(), clean_data, dtype=torch.float16, progress=False)
 
 
 def test_labels_beyond_the_classes_are_refused(clean_data):

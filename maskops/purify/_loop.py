@@ -34,7 +34,7 @@ class Purification:
     trigger: the last trigger that the inner maximisation found, (1, C, H, W) in pixel units; None for methods without
     history: name -> one number per epoch
     timings: seconds of each phase and in total, and ``peak_bytes`` of memory
-    options: all settings of the run, as plain values
+    options: all settings of the run, as values that JSON knows
     """
 
     model: nn.Module
@@ -86,6 +86,8 @@ class Run:
     def __init__(self, method: str, model: nn.Module, clean_data: Any, setting: Setting) -> None:
         self.method, self.setting = method, setting
         self.device = torch.device(setting.device or _device_of(model))
+        if setting.dtype not in (None, _dtype_of(model), torch.bfloat16):
+            raise TypeError(f"{method}: dtype must be the model's {_dtype_of(model)} or bfloat16; got {setting.dtype}")
         images, self.labels = (tensor.to(self.device) for tensor in as_tensors(clean_data))
         self.images = images.to(_dtype_of(model), memory_format=torch.channels_last)
         self.generator = torch.Generator().manual_seed(setting.seed)
@@ -241,8 +243,9 @@ class Run:
         model = own_parameters_(fold_(self._masked) if self.setting.folded else self._masked, self._user_model)
         timings = {**self._seconds, "total": time.perf_counter() - self._start, "peak_bytes": self._peak_bytes()}
         trigger = None if trigger is None else trigger.detach().to("cpu", copy=True).contiguous()
-        settings = {"method": self.method, **asdict(options), **asdict(self.setting)}
-        return Purification(model, learned, trigger, self.history, timings, settings)
+        setting = {**asdict(self.setting), "device": str(self.device)}
+        plain = {name: _plain(value) for name, value in (asdict(options) | setting).items()}
+        return Purification(model, learned, trigger, self.history, timings, {"method": self.method, **plain})
 
     def _peak_bytes(self) -> int:
         if self.device.type == "cuda":
@@ -250,6 +253,12 @@ class Run:
         import resource  # not everywhere: only where there is no GPU to ask
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _device_of(model: nn.Module) -> torch.device:
