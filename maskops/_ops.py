@@ -21,7 +21,7 @@ _GEOMETRY = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
 )
 _LAYER = "Tensor weight, Tensor mask, Tensor? noise"
-_BRANCHES = "Tensor? grad, Tensor? perturbed_grad, Tensor? input, Tensor? perturbed_input"
+_BRANCHES = "Tensor? grad, Tensor? perturbed_grad, Tensor? input, Tensor? perturbed_input, bool one_input"
 
 _SCHEMAS = (
     f"effective_weight({_LAYER}, ScalarType dtype) -> Tensor",

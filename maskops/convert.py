@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.parameter import Parameter
+from torch.nn.parameter import Parameter, is_lazy
 
+from maskops import functional
 from maskops.nn import CONVOLUTIONS, LINEAR, MASKED, NORMS, MaskedLayer
 
 LAYERS = {"conv": CONVOLUTIONS, "linear": LINEAR, "norm": NORMS}
@@ -28,6 +29,8 @@ def mask_(
     is touched: call ``model.requires_grad_(False)`` first to train the masks alone. Layers that share one weight share
     one mask. When anything is refused, nothing has been changed.
 
+    A mask acts where its layer is called: code that reads a layer's weight by itself computes without the mask.
+
     model:       any nn.Module, also one that is a layer itself
     granularity: ``"weight"``, ``"kernel"`` or ``"neuron"``; normalisation layers always have a value per channel
     include:     patterns (as in fnmatch) of layer names, the names of ``model.named_modules()``
@@ -35,7 +38,8 @@ def mask_(
     layers:      kinds of layers: ``"conv"`` (also transposed), ``"linear"``, ``"norm"`` (batch norm, layer norm)
     errors:      ValueError for a pattern that fits no name, for a model in which nothing is left to mask, and, with the
                  names, for layers that can't be masked: masked already, parametrised, subclasses with their own code,
-                 weights shared with a layer that isn't masked
+                 weights shared with a layer that isn't masked, layers of an nn.TransformerEncoderLayer, which in eval
+                 mode calls none of them, unless torch.backends.mha.set_fastpath_enabled(False) forbids that
 
     >>> model = mask_(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3)), exclude="0")
     >>> [name for name, _ in model.named_parameters()]
@@ -70,16 +74,15 @@ def fold_(model: nn.Module) -> nn.Module:
     layers = masked_layers(model)
     if not layers:
         raise ValueError("fold_: expected a model with masked layers; got none")
-    folded: dict[int, Parameter] = {}
+    folded: dict[tuple[int, int], Parameter] = {}
     with torch.no_grad():
         for layer in layers.values():
-            weight = layer.weight
-            for name in layer.noise_names:
-                setattr(layer, name, None)
-            if id(weight) not in folded:
-                folded[id(weight)] = Parameter(layer.effective_weight(), requires_grad=weight.requires_grad)
-            layer.weight = folded[id(weight)]
-            layer._become_plain()
+            weight, mask = layer.weight, getattr(layer, layer.mask_name)
+            tied = id(weight), id(mask)
+            if tied not in folded:
+                effective = functional.effective_weight(weight, mask)
+                folded[tied] = Parameter(effective, requires_grad=weight.requires_grad)
+            layer._become_plain().weight = folded[tied]
     return model
 
 
@@ -108,9 +111,8 @@ def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:
 
 def _choose(model, include, exclude, kinds) -> dict[str, nn.Module]:
     """The layers to mask by name; raises if one of them can't be masked."""
-    for kind in kinds:
-        if kind not in LAYERS:
-            raise ValueError(f"mask_: layers must be among {', '.join(LAYERS)}; got {kind!r}")
+    if not kinds or any(kind not in LAYERS for kind in kinds):
+        raise ValueError(f"mask_: layers must be among {', '.join(LAYERS)}; got {', '.join(kinds) or 'none'}")
     plain = tuple(masked.plain for kind in kinds for masked in LAYERS[kind])
     candidates = {name: module for name, module in model.named_modules() if isinstance(module, plain)}
     for pattern in (*include, *exclude):
@@ -124,22 +126,35 @@ def _choose(model, include, exclude, kinds) -> dict[str, nn.Module]:
     }
     if not chosen:
         raise ValueError(f"mask_: the model has no {' or '.join(kinds)} layer to mask")
-    refused = {name: reason for name, module in chosen.items() if (reason := _why_not(module))}
+    bypassed = _bypassed(model)
+    refused = {name: reason for name, module in chosen.items() if (reason := _why_not(module, bypassed))}
     if refused:
         reasons = "; ".join(f"{name or 'the model itself'} {reason}" for name, reason in refused.items())
         raise ValueError(f"mask_: can't mask {reasons}. Leave them out with exclude=")
     return chosen
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _bypassed(model: nn.Module) -> list[nn.Module]:
+    """The layers that are not called: a TransformerEncoderLayer in eval mode hands their weights to one fused op."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return []
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return [layer for encoder in encoders for layer in encoder.modules()]
+
+
+def _why_not(module: nn.Module, bypassed: list[nn.Module]) -> str | None:
     if isinstance(module, MaskedLayer):
         return "is masked already"
     if nn.utils.parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "is parametrised"
+    if is_lazy(module.weight):
+        return "has no shape before the model's first forward"
     if type(module) not in MASKED:
         return f"is a {type(module).__name__}, a subclass with code of its own"
     if module.weight is None:
         return "has no weight"
+    if any(module is layer for layer in bypassed):
+        return "is bypassed in eval mode, until torch.backends.mha.set_fastpath_enabled(False)"
     return None
 
 

@@ -19,6 +19,8 @@ from maskops.backends import reference
 
 aten = torch.ops.aten
 
+_DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+
 
 class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
     """A context, or a decorator, in which any model's frozen ops save only what the gradient of their input needs.
@@ -36,9 +38,10 @@ class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
 
     "Nothing" is beside the model's own weights and statistics. The model is not changed; its outputs are plain torch's,
     bit for bit, and so are the gradients: where plain torch reads no more than the shape of what it saved, the same
-    backward runs on uninitialised memory of that shape. Only elu's gradient is rounded otherwise, to within
-    ``alpha * eps``; and an output of elu that is modified in place before the backward raises autograd's error, as in
-    plain torch after an in-place elu.
+    backward runs on uninitialised memory of that shape. Two exceptions: elu's gradient is rounded otherwise, to within
+    ``alpha * eps``, and an output of elu that is modified in place before the backward raises autograd's error, as in
+    plain torch after an in-place elu; relu6's and hardtanh's gradient passes at NaN, where plain torch's CPU kernel
+    stops it in whole vectors only.
 
     Plain torch serves everything else: other ops (a linear layer with a frozen weight saves nothing anyway; gelu and
     layer_norm need the input that they save), a layer whose weight or bias requires grad, training mode, an input that
@@ -48,8 +51,8 @@ class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
 
     Under autocast layers compute in the dtype that they do without the mode, and keep no copy of a weight in that
     dtype. ``create_graph=True`` and ``torch.func`` work. ``torch.compile`` traces through the mode, without graph
-    breaks, if the compiled model is called inside it. A checkpointed block (``torch.utils.checkpoint``) runs its
-    forward again during the backward: keep the backward inside the mode, too.
+    breaks, if the compiled model is called inside it. A function that is checkpointed (``torch.utils.checkpoint``)
+    runs again during the backward, outside the mode: let it enter the mode itself.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
     >>> model = model.requires_grad_(False)
@@ -61,13 +64,7 @@ class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
     768
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         lean = _LEAN.get(func)
         if lean is not None and _worthwhile(args[0] if args else kwargs.get("input")):
@@ -229,7 +226,8 @@ def _may_overwrite(input: Tensor) -> bool:
     """Whether an op may mark ``input`` as overwritten: no leaf, no view, no gaps in memory, nothing traced."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not input.is_leaf and not input._is_view() and input.stride() == torch.empty_like(input).stride()
+    dense = any(input.is_contiguous(memory_format=layout) for layout in _DENSE)
+    return dense and not input.is_leaf and not input._is_view()
 
 
 def _list(value: int | Sequence[int], length: int) -> list[int]:
@@ -269,20 +267,18 @@ def _avg_pool2d(
 ):
     stride = [] if stride is None else _list(stride, 2)
     arguments = _list(kernel_size, 2), stride, _list(padding, 2), ceil_mode, count_include_pad, divisor_override
-    return _ShapeOnly.apply(
-        input,
-        None,
-        lambda input, bias: plain(input, *arguments),
-        lambda grad, input: aten.avg_pool2d_backward(grad, input, *arguments),
-    )
+
+    def backward(grad, input):
+        return aten.avg_pool2d_backward(grad, input, *arguments)
+
+    return _ShapeOnly.apply(input, None, lambda input, bias: plain(input, *arguments), backward)
 
 
 def _adaptive_avg_pool2d(plain, input, output_size):
     if output_size in (1, (1, 1), [1, 1]):
         return None  # a mean: plain torch saves nothing
-    return _ShapeOnly.apply(
-        input, None, lambda input, bias: plain(input, output_size), aten._adaptive_avg_pool2d_backward
-    )
+    backward = aten._adaptive_avg_pool2d_backward
+    return _ShapeOnly.apply(input, None, lambda input, bias: plain(input, output_size), backward)
 
 
 def _batch_norm(
@@ -295,7 +291,7 @@ def _batch_norm(
         return plain(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
     def backward(grad, input, weight, running_mean, running_var):
-        unused = grad.new_empty(0)
+        unused = running_var.new_empty(0)
         return aten.native_batch_norm_backward(
             grad, input, weight, running_mean, running_var, unused, unused, False, eps, [True, False, False]
         )[0]
@@ -304,34 +300,32 @@ def _batch_norm(
 
 
 def _conv(plain, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if padding == "valid":
-        padding = 0
-    elif padding == "same":
-        both_sides = [d * (k - 1) for d, k in zip(_list(dilation, weight.dim() - 2), weight.shape[2:], strict=False)]
+    amount = 0 if padding == "valid" else padding
+    if padding == "same":
+        both_sides = [gap * (size - 1) for gap, size in zip(_list(dilation, 3), weight.shape[2:], strict=False)]
         if any(both % 2 for both in both_sides):
             return None
-        padding = [both // 2 for both in both_sides]
-    return _any_conv(plain, input, weight, bias, (stride, padding, dilation, groups), stride, padding, dilation, groups)
+        amount = [both // 2 for both in both_sides]
+    geometry = stride, amount, dilation, False, 0, groups
+    return _any_conv(plain, input, weight, bias, (stride, padding, dilation, groups), geometry)
 
 
 def _conv_transpose(plain, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
-    arguments = stride, padding, output_padding, groups, dilation
-    return _any_conv(plain, input, weight, bias, arguments, stride, padding, dilation, groups, output_padding)
+    geometry = stride, padding, dilation, True, output_padding, groups
+    return _any_conv(plain, input, weight, bias, (stride, padding, output_padding, groups, dilation), geometry)
 
 
-def _any_conv(plain, input, weight, bias, arguments, stride, padding, dilation, groups, output_padding=None):
+def _any_conv(plain, input, weight, bias, arguments, geometry):
     if not _frozen(weight, bias) or input.dim() != weight.dim():
         return None
-    transposed = output_padding is not None
-    stride, padding, dilation, output_padding = (
-        _list(value, weight.dim() - 2) for value in (stride, padding, dilation, output_padding or 0)
-    )
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    sizes = [_list(value, weight.dim() - 2) for value in (stride, padding, dilation)]
+    geometry = *sizes, transposed, _list(output_padding, weight.dim() - 2), groups
 
     def forward(input, bias, weight):
         return plain(input, weight, bias, *arguments)
 
     def backward(grad, input, weight):
-        geometry = stride, padding, dilation, transposed, output_padding, groups
         weight = weight.to(grad.dtype)  # under autocast
         return aten.convolution_backward(grad, input, weight, None, *geometry, [True, False, False])[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import Parameter
 
 from maskops import functional
 
@@ -29,7 +29,7 @@ class MaskedLayer:
 
     def __init__(self, *args: Any, granularity: str = "weight", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._check_granularity(self, granularity)
+        self._check(self, granularity)
         self._add_mask(granularity)
 
     @classmethod
@@ -47,18 +47,15 @@ class MaskedLayer:
         if type(module) is not cls.plain:
             raise TypeError(f"{cls.__name__}.from_module: expected {cls.plain.__name__}; got {type(module).__name__}")
         layer = copy.copy(module)
-        # a shallow copy shares the containers: the mask must not appear in the module
-        for container in ("_parameters", "_buffers", "_modules"):
-            layer.__dict__[container] = dict(module.__dict__[container])
+        # a shallow copy shares the containers: neither the mask nor a later hook must appear in the module
+        for name, value in vars(module).items():
+            if isinstance(value, (dict, set)):
+                layer.__dict__[name] = copy.copy(value)
         return cls._become_masked(layer, granularity)
 
     @classmethod
     def _become_masked(cls, module: nn.Module, granularity: str) -> nn.Module:
-        if module.weight is None:
-            raise ValueError(f"{cls.__name__}: the layer has no weight to mask")
-        if is_lazy(module.weight):
-            raise ValueError(f"{cls.__name__}: the weight has no shape before the model's first forward")
-        cls._check_granularity(module, granularity)
+        cls._check(module, granularity)
         module.__class__ = cls
         module._add_mask(granularity)
         return module
@@ -70,7 +67,9 @@ class MaskedLayer:
         return self
 
     @classmethod
-    def _check_granularity(cls, module: nn.Module, granularity: str) -> None:
+    def _check(cls, module: nn.Module, granularity: str) -> None:
+        if module.weight is None:
+            raise ValueError(f"{cls.__name__}: the layer must have a weight to mask; got None")
         if granularity not in GRANULARITIES:
             raise ValueError(
                 f"{cls.__name__}: granularity must be one of {', '.join(GRANULARITIES)}; got {granularity!r}"
@@ -98,8 +97,9 @@ class MaskedLayer:
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         state_dict = dict(state_dict)
-        mask = getattr(self, self.mask_name)
-        state_dict.setdefault(prefix + self.mask_name, torch.ones_like(mask))
+        mask, weight = getattr(self, self.mask_name), state_dict.get(prefix + "weight")
+        if weight is not None:
+            state_dict.setdefault(prefix + self.mask_name, torch.ones_like(mask, device=weight.device))
         for name in self.noise_names:
             found = state_dict.get(prefix + name)
             if found is not None and getattr(self, name) is None:
@@ -164,8 +164,8 @@ class MaskedConvTranspose2d(MaskedLayer, nn.ConvTranspose2d):
     out_dim = 1
 
     @classmethod
-    def _check_granularity(cls, module: nn.Module, granularity: str) -> None:
-        super()._check_granularity(module, granularity)
+    def _check(cls, module: nn.Module, granularity: str) -> None:
+        super()._check(module, granularity)
         if granularity == "neuron" and module.groups > 1:
             raise ValueError(f"{cls.__name__}: granularity 'neuron' needs groups 1; got groups {module.groups}")
 
@@ -204,7 +204,7 @@ class _MaskedBatchNorm(_MaskedNorm):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)

@@ -44,8 +44,11 @@ def _served_are_counted():
 
     def choose_and_count(op, arguments, backend):
         function = choose(op, arguments, backend)
-        served_by = next(name for name in _dispatch.BACKENDS if getattr(_dispatch._load(name), op, None) is function)
-        _served[served_by, op] += 1
+        for name in _dispatch.BACKENDS:
+            module = _dispatch._load(name)
+            # not the stand-ins of test_dispatch.py
+            if getattr(module, op, None) is function and module.__name__ == f"maskops.backends.{name}":
+                _served[name, op] += 1
         return function
 
     _dispatch.choose = choose_and_count

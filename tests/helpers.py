@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -41,12 +42,13 @@ def check(op, plain, inputs: dict[str, Tensor], backend: str | None, exact: bool
 
     The truth is ``plain`` in float64. The op's error may be at most twice the error of ``plain`` in the dtypes of the
     inputs, plus a few units in the last place; with ``exact``, the outputs are those of ``plain`` bit for bit.
-    Dtypes, shapes and strides are those of ``plain`` in any case.
+    Dtypes, shapes and strides are those of ``plain`` in any case. New tensors are poisoned with NaN.
     """
     expected = outputs_and_gradients(plain, inputs)
     truth = outputs_and_gradients(plain, {name: tensor.double() for name, tensor in inputs.items()}, expected)
     try:
-        actual = outputs_and_gradients(partial(op, backend=backend), inputs, expected)
+        with poisoned():
+            actual = outputs_and_gradients(partial(op, backend=backend), inputs, expected)
     except RuntimeError as error:
         if "was asked for, but" not in str(error):
             raise
@@ -82,6 +84,16 @@ def outputs_and_gradients(op, inputs: dict[str, Tensor], like: dict | None = Non
     gradients = torch.autograd.grad(outputs, tuple(leaves.values()), upstream, allow_unused=True)
     result = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     return result | {f"gradient of {name}": value for name, value in zip(leaves, gradients, strict=True)}
+
+
+@contextmanager
+def poisoned():
+    """Deterministic torch, in which memory that nobody has written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def largest(tensor: Tensor) -> float:

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, Calls, check, plain_dual, plain_layer, rand, saved_for_backward
+from helpers import DTYPES, Calls, check, plain_dual, plain_layer, poisoned, rand, saved_for_backward
 
 from maskops.backends import reference
 from maskops.functional import (
@@ -203,11 +203,8 @@ def test_masked_conv2d_fills_every_output_and_repeats_itself(backend):
         output = masked_conv2d(**inputs, padding=1, backend=backend)
         return output, *torch.autograd.grad(output.square().sum(), leaves)
 
-    torch.use_deterministic_algorithms(True)
-    try:
+    with poisoned():
         first, second = run(), run()
-    finally:
-        torch.use_deterministic_algorithms(False)
     for one, other in zip(first, second, strict=True):
         assert one.isfinite().all()
         assert torch.equal(one, other)

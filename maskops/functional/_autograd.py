@@ -24,8 +24,8 @@ from maskops.backends.reference.l1_ball import l1_norm
 
 _ops = torch.ops.maskops
 
-Branches = tuple[Tensor, ...]
-"""The input of a layer; of a dual one the clean and the perturbed input, which may be the same tensor."""
+Branches = tuple[Tensor | None, ...]
+"""The input of a layer; of a dual one the clean and the perturbed input, None for the clean one."""
 
 
 def _compute(op: str, *arguments: Any, backend: str | None) -> Any:
@@ -66,10 +66,8 @@ def run_layer(function: type[Function], inputs: Branches, weight, mask, noise, b
 
 
 def each(change: Callable[[Tensor], Tensor], inputs: Branches) -> Branches:
-    """The changed inputs; where both branches have the same input, it is changed once and stays the same."""
-    first, *others = inputs
-    changed = change(first)
-    return (changed, *(changed if other is first else change(other) for other in others))
+    """The changed inputs; a perturbed input that isn't there stays so."""
+    return tuple(input if input is None else change(input) for input in inputs)
 
 
 class EffectiveWeight(Function):
@@ -127,24 +125,26 @@ class DualMaskedLayer(Function):
     @staticmethod
     def forward(ctx, input, perturbed_input, weight, mask, noise, bias, kind, geometry, backend):
         ctx.kind, ctx.geometry, ctx.backend, ctx.input_size = kind, geometry, backend, input.shape
+        ctx.one_input = perturbed_input is None
         ctx.set_materialize_grads(False)
-        other = None if perturbed_input is input else perturbed_input
-        kept = (input, other) if any(ctx.needs_input_grad[2:5]) else (None, None)
+        kept = (input, perturbed_input) if any(ctx.needs_input_grad[2:5]) else (None, None)
         ctx.save_for_backward(*kept, weight, mask, noise)
         op = getattr(_ops, f"dual_masked_{kind}")
-        return op(input, other, weight, mask, noise, bias, *geometry, backend=backend)
+        return op(input, perturbed_input, weight, mask, noise, bias, *geometry, backend=backend)
 
     @staticmethod
     def backward(ctx, grad, perturbed_grad):
-        needs = list(ctx.needs_input_grad[:6])
-        needs[0] &= grad is not None
-        needs[1] &= perturbed_grad is not None
-        needs[4] &= perturbed_grad is not None
         if grad is None and perturbed_grad is None:
             return (None,) * 9
+        input, perturbed_input, weight, mask, noise = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:6])
+        needs[0] &= grad is not None or ctx.one_input
+        needs[1] &= perturbed_grad is not None
+        needs[4] &= perturbed_grad is not None
+        branches = (grad, perturbed_grad, input, perturbed_input, ctx.one_input)
         grads = _compute(
             f"dual_masked_{ctx.kind}_backward",
-            *(grad, perturbed_grad, *ctx.saved_tensors, ctx.input_size, *ctx.geometry, needs),
+            *(*branches, weight, mask, noise, ctx.input_size, *ctx.geometry, needs),
             backend=ctx.backend,
         )
         return *_deal(grads, needs), None, None, None

@@ -78,10 +78,9 @@ def expand(op: str, name: str, value: int | Sequence[int], dims: int, least: int
     return tuple(values) if len(values) == dims else tuple(values) * dims
 
 
-def branches(op: str, input: Tensor, perturbed_input: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The inputs of a dual layer's two branches: twice the same tensor when there is no perturbed input."""
+def check_branches(op: str, input: Tensor, perturbed_input: Tensor | None) -> None:
     if perturbed_input is None:
-        return input, input
+        return
     if perturbed_input.shape != input.shape:
         raise ValueError(
             f"{op}: perturbed_input must have the input's shape {shape(input)}; got {shape(perturbed_input)}"
@@ -92,4 +91,3 @@ def branches(op: str, input: Tensor, perturbed_input: Tensor | None) -> tuple[Te
         raise ValueError(
             f"{op}: perturbed_input must be on the input's device {input.device}; got {perturbed_input.device}"
         )
-    return input, perturbed_input

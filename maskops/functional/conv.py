@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskops.functional._autograd import DualMaskedLayer, MaskedLayer, each, run_layer
-from maskops.functional._checks import branches, check_layer, expand, shape
+from maskops.functional._checks import check_branches, check_layer, expand, shape
 
 Size = int | Sequence[int]
 
@@ -156,9 +156,9 @@ def dual_masked_conv2d(
     >>> clean.item(), perturbed.item()
     (2.0, 3.0)
     """
-    inputs = branches("dual_masked_conv2d", input, perturbed_input)
+    check_branches("dual_masked_conv2d", input, perturbed_input)
     layer, options = (weight, mask, noise, bias), (stride, padding, dilation, groups)
-    return _convolve("dual_masked_conv2d", 2, DualMaskedLayer, inputs, layer, options, backend)
+    return _convolve("dual_masked_conv2d", 2, DualMaskedLayer, (input, perturbed_input), layer, options, backend)
 
 
 def _convolve(op, dims, function, inputs, layer, options, backend):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from maskops.functional._autograd import DualMaskedLayer, MaskedLayer, run_layer
-from maskops.functional._checks import branches, check_layer, shape
+from maskops.functional._checks import check_branches, check_layer, shape
 
 
 def masked_linear(
@@ -59,8 +59,8 @@ def dual_masked_linear(
     >>> clean.item(), perturbed.item()
     (1.0, 1.5)
     """
-    inputs = branches("dual_masked_linear", input, perturbed_input)
-    return _linear("dual_masked_linear", DualMaskedLayer, inputs, weight, mask, noise, bias, backend)
+    check_branches("dual_masked_linear", input, perturbed_input)
+    return _linear("dual_masked_linear", DualMaskedLayer, (input, perturbed_input), weight, mask, noise, bias, backend)
 
 
 def _linear(op, function, inputs, weight, mask, noise, bias, backend):

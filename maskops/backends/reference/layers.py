@@ -28,11 +28,10 @@ def effective_weight_backward(
     grads = []
     if need_weight:
         grads.append((grad * (mask if noise is None else mask + noise)).to(weight.dtype))
-    if need_mask or need_noise:
-        product = grad * weight
-        grads += [
-            product.sum_to_size(to.shape).to(to.dtype) for to, need in ((mask, need_mask), (noise, need_noise)) if need
-        ]
+    # a product each, because no two outputs of an op may share their memory
+    for factor, need in ((mask, need_mask), (noise, need_noise)):
+        if need:
+            grads.append((grad * weight).sum_to_size(factor.shape).to(factor.dtype))
     return grads
 
 
@@ -102,7 +101,7 @@ def dual_masked_conv(input, perturbed_input, weight, mask, noise, bias, *geometr
 
 
 def dual_masked_conv_backward(
-    grad, perturbed_grad, input, perturbed_input, weight, mask, noise, input_size, *geometry_and_needs
+    grad, perturbed_grad, input, perturbed_input, one_input, weight, mask, noise, input_size, *geometry_and_needs
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
     *geometry, needs = geometry_and_needs
@@ -110,7 +109,7 @@ def dual_masked_conv_backward(
     def branch(grad, input, noise, needs):
         return masked_conv_backward(grad, input, weight, mask, noise, input_size, *geometry, needs)
 
-    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, noise, needs)
+    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
 
 
 def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias) -> tuple[Tensor, Tensor]:
@@ -120,32 +119,33 @@ def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias) -> tup
 
 
 def dual_masked_linear_backward(
-    grad, perturbed_grad, input, perturbed_input, weight, mask, noise, input_size, needs
+    grad, perturbed_grad, input, perturbed_input, one_input, weight, mask, noise, input_size, needs
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
 
     def branch(grad, input, noise, needs):
         return masked_linear_backward(grad, input, weight, mask, noise, input_size, needs)
 
-    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, noise, needs)
+    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
 
 
-def _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, noise, needs) -> list[Tensor]:
-    perturbed_input = input if perturbed_input is None else perturbed_input
-    need_input, need_perturbed_input, need_weight, need_mask, need_noise, need_bias = needs
+def _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs) -> list[Tensor]:
+    order = ("input", "perturbed_input", "weight", "mask", "noise", "bias")
+    need = dict(zip(order, needs, strict=True))
     totals: dict[str, Tensor] = {}
 
-    def add(names, needed, grads):
-        wanted = [name for name, need in zip(names, needed, strict=True) if need]
-        for name, value in zip(wanted, grads, strict=True):
+    def add(grad, input, noise, names):
+        needed = [need[name] and not (name == "noise" and noise is None) for name in names]
+        wanted = [name for name, is_needed in zip(names, needed, strict=True) if is_needed]
+        for name, value in zip(wanted, branch(grad, input, noise, needed), strict=True):
             totals[name] = totals[name] + value if name in totals else value
 
+    factors = ("weight", "mask", "noise", "bias")
     if grad is not None:
-        needed = [need_input, need_weight, need_mask, False, need_bias]
-        add(("input", "weight", "mask", "noise", "bias"), needed, branch(grad, input, None, needed))
+        add(grad, input, None, ("input", *factors))
     if perturbed_grad is not None:
-        needed = [need_perturbed_input, need_weight, need_mask, need_noise, need_bias]
-        names = ("perturbed_input", "weight", "mask", "noise", "bias")
-        add(names, needed, branch(perturbed_grad, perturbed_input, noise, needed))
-    order = ("input", "perturbed_input", "weight", "mask", "noise", "bias")
-    return [totals[name] for name, need in zip(order, needs, strict=True) if need]
+        if one_input:
+            add(perturbed_grad, input, noise, ("input", *factors))
+        else:
+            add(perturbed_grad, perturbed_input, noise, ("perturbed_input", *factors))
+    return [totals[name] for name in order if need[name]]

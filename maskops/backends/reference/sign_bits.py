@@ -20,8 +20,9 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def relu_bits(input: Tensor, upper: float) -> tuple[Tensor, Tensor]:
     """``clamp(input, 0, upper)``, and a bit per element, in the output's memory order: 1 where the gradient passes.
 
-    It stops where the output is 0 or, for a finite ``upper``, is ``upper``; so it passes at NaN. Element 8i + j is bit j
-    of byte i; the last byte is filled up with zeros.
+    ``upper`` is infinite, which is plain ReLU, or a positive number that is exact in the input's dtype.
+    It stops where the output is 0 or, for a finite ``upper``, is ``upper``; so it passes at NaN (where torch's hardtanh
+    stops or passes as its vectors happen to end). Element 8i + j is bit j of byte i; zeros fill up the last byte.
     """
     output = input.relu() if upper == math.inf else aten.hardtanh(input, 0, upper)
     return output, _pack(output, upper)
@@ -68,7 +69,10 @@ def max_pool_winners_backward(grad, winners, input_size, kernel_size, stride, pa
     input = grad.new_empty(input_size)
     if winners.dim() == 4 and winners.is_contiguous(memory_format=torch.channels_last) and not winners.is_contiguous():
         input = torch.empty_like(input, memory_format=torch.channels_last)
-    ceil_mode = False  # says nothing more, once the output's size is known
+    # the op below checks the output's size, which only one of the two modes may explain
+    sizes = zip(input_size[-2:], kernel_size, stride, padding, dilation, strict=True)
+    floor = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in sizes]
+    ceil_mode = floor != list(winners.shape[-2:])
     return aten.max_pool2d_with_indices_backward(
         grad, input, kernel_size, stride, padding, dilation, ceil_mode, indices
     )

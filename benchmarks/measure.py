@@ -1,0 +1,175 @@
+"""Time, saved bytes and peak memory of a step."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one step in ms, in the order in which they were taken."""
+
+    ms: list[float]
+
+    def __add__(self, other: Samples) -> Samples:
+        return Samples([one + another for one, another in zip(self.ms, other.ms, strict=True)])
+
+    def __truediv__(self, divisor: float) -> Samples:
+        return Samples([ms / divisor for ms in self.ms])
+
+    def percentiles(self) -> tuple[float, float, float]:
+        """The 20th, 50th and 80th."""
+        ordered = sorted(self.ms)
+        last = len(ordered) - 1
+        return ordered[round(0.2 * last)], statistics.median(ordered), ordered[round(0.8 * last)]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step to be timed, and what goes before it untimed; both are given the number of the repetition."""
+
+    step: Callable[[int], Any]
+    prepare: Callable[[int], Any] = lambda repetition: None
+
+
+def interleaved(timed: dict[Any, Timed], repeats: int, warmup: int, device: torch.device) -> dict[Any, Samples]:
+    """Each step once, in turn, and all over again: what disturbs the machine disturbs everybody."""
+    for repetition in range(warmup):
+        for entry in timed.values():
+            entry.prepare(repetition)
+            entry.step(repetition)
+    samples = {key: Samples([]) for key in timed}
+    for repetition in range(repeats):
+        for key, entry in timed.items():
+            entry.prepare(repetition)
+            samples[key].ms.append(milliseconds(lambda: entry.step(repetition), device))  # noqa: B023
+    return samples
+
+
+def milliseconds(step: Step, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+class _Held:
+    """What autograd keeps in a tensor's place; it dies with the graph."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def peak_saved_bytes(step: Step, constants: Iterable[Tensor] = ()) -> int:
+    """The most bytes that autograd holds for a backward at one time during the step, each storage counted once.
+
+    constants: tensors whose storages don't count: a model's parameters and buffers, masks
+    """
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in constants}
+    holders: dict[int, int] = {}
+    now = peak = 0
+
+    def release(address: int, size: int) -> None:
+        nonlocal now
+        holders[address] -= 1
+        if not holders[address]:
+            now -= size
+
+    def pack(tensor: Tensor) -> _Held:
+        nonlocal now, peak
+        held = _Held(tensor)
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in ignored:
+            if not holders.get(address):
+                now += size
+                peak = max(peak, now)
+            holders[address] = holders.get(address, 0) + 1
+            weakref.finalize(held, release, address, size)
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        step()
+    return peak
+
+
+def peak_bytes(work: Callable[..., Any], *arguments: Any, device: torch.device) -> int:
+    """The most memory that ``work(*arguments)()`` needs at one time, beyond what ``work(*arguments)`` left behind.
+
+    On the CPU both run in a process of their own, so ``work`` is a function of a module. Memory there is what the
+    operating system counts as resident.
+    """
+    if device.type == "cuda":
+        step = work(*arguments)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_resident, (torch.get_num_threads(), work, *arguments))
+
+
+def _peak_resident(threads: int, work: Callable[..., Any], *arguments: Any) -> int:
+    torch.set_num_threads(threads)
+    step = work(*arguments)
+    _forget_peak()
+    before = _resident("VmRSS")
+    step()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _forget_peak() -> None:
+    """Start the kernel's high-water mark of this process anew, where it can be."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _resident(field: str) -> int:
+    """Resident bytes of this process: ``"VmRSS"`` now, ``"VmHWM"`` at most; at most, where there is no /proc."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith(field))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError inside when it takes longer; on the main thread of a Unix process."""
+
+    def stop(signal_number: int, frame: Any) -> None:
+        raise TimeoutError(f"it took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again and again: somebody may catch the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
