@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,32 +12,23 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import CONTESTANTS, Compiled, Official
-from benchmarks.measure import Timed, interleaved, peak_bytes, peak_saved_bytes, time_limit
+from benchmarks.measure import Timed, full_float32, interleaved, peak_bytes, peak_saved_bytes, time_limit
 from benchmarks.problem import ROTATION, STEPS, Problem, make_problem, why_not
-from benchmarks.results import Row, aligned, make_row
+from benchmarks.results import Outcome, Row, aligned, make_row, say
 
 NETS = ("small_vgg", "resnet18")
 PHASES = ("inner", "outer")
 AGAIN = "maskops again"
 """The noise: our contestant, timed a second time as if it were another."""
-TOLERANCE = {torch.float32: 0.03, torch.bfloat16: 0.5, torch.float16: 0.5}
+TOLERANCE = {torch.float32: 0.03, torch.bfloat16: 0.5}
 """How far a contestant's step may be from the published one, relative to the step, tensor by tensor.
 
 Where two values are equal up to rounding, a ReLU or a max-pool passes the gradient on elsewhere. That alone moves a
-float32 gradient by up to 1 %, and a 16-bit one by 20 to 30 %, whoever computes it. A mistake in the procedure (the L1
-term or a branch forgotten) moves it by 10 % and more, so a 16-bit run proves little without a float32 one beside it.
+float32 gradient by up to 1 %, and a bfloat16 one by 20 to 30 %, whoever computes it. A mistake in the procedure (the L1
+term or a branch forgotten) moves it by 10 % and more, so a bfloat16 run proves little without a float32 one beside it.
 """
 
 Make = Callable[[Problem], Any]
-
-
-@dataclass
-class Outcome:
-    """What a run found: rows, and by contestant why it has none; failed is true when one of them disagreed."""
-
-    rows: list[Row] = field(default_factory=list)
-    absent: dict[str, str] = field(default_factory=dict)
-    failed: bool = False
 
 
 def run(
@@ -51,8 +40,13 @@ def run(
     warmup: int,
     contestants: Mapping[str, Make] = CONTESTANTS,
     compile_limit: int = 600,
+    peaks: bool = True,
 ) -> Outcome:
-    """Compare the contestants, then time those that agree with the published procedure."""
+    """Compare the contestants, then time those that agree with the published procedure.
+
+    compile_limit: seconds, after which ``torch.compile`` is given up
+    peaks:         measure peak memory too, on the CPU in a new process for each step
+    """
     outcome = Outcome()
     reason = why_not(dtype, device)
     if reason is not None:
@@ -64,7 +58,7 @@ def run(
     for name, seconds in compiling.items():
         outcome.rows.append(row(name, "compilation", (1e3 * seconds,) * 3))
 
-    _say(f"{net}: timing {', '.join(admitted)}")
+    say(f"{net}: timing {', '.join(admitted)}")
     samples = interleaved(dict(_timed(admitted)), repeats, warmup, device)
     for name, phase in [key for key in samples if key[1] in PHASES]:
         ms = samples[name, phase]
@@ -75,7 +69,7 @@ def run(
         if contestant is not None:
             contestant.reset()
             saved = peak_saved_bytes(getattr(contestant, phase), contestant.constants())
-            if not isinstance(contestant, Compiled):  # whose compiler needs more memory than the step
+            if peaks and not isinstance(contestant, Compiled):  # whose compiler needs more memory than the step
                 peak = peak_bytes(_prepare, net, batch, dtype, device, contestants[name], phase, device=device)
         outcome.rows.append(row(name, phase, ms.percentiles(), saved=saved, peak=peak))
     return outcome
@@ -86,8 +80,8 @@ def _admit(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The contestants whose first steps are the published ones, and how many seconds those took that compiled."""
     admitted, compiling = {}, {}
-    with _without_tf32():
-        _say(f"{problem.net}: comparing")
+    with full_float32():
+        say(f"{problem.net}: comparing")
         expected = first_steps(Official(problem))
         for name, make in contestants.items():
             compiles = make is Compiled
@@ -165,16 +159,6 @@ def _prepare(
     return partial(steps, problem)
 
 
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def table(outcome: Outcome) -> str:
     """The rows as a person reads them, each beside the published procedure and the floor."""
     blocks = []
@@ -189,14 +173,12 @@ def table(outcome: Outcome) -> str:
             ratios = _ratio(rows.get("official"), row), _ratio(row, rows.get("floor"))
             lines.append([name, row.ms_p50, row.ms_p20, row.ms_p80, *ratios, row.saved_mb, row.peak_mb])
         blocks.append(f"{head}\n{aligned(lines)}")
-    notes = [f"{row.contestant}: {row.ms / 1e3:.0f} s of compilation" for row in outcome.rows if row.phase == "compilation"]
+    notes = [
+        f"{row.contestant}: {row.ms / 1e3:.0f} s of compilation" for row in outcome.rows if row.phase == "compilation"
+    ]
     notes += [f"{name}: no numbers, {reason}" for name, reason in outcome.absent.items()]
     return "\n\n".join([*blocks, "\n".join(notes)]).strip()
 
 
 def _ratio(row: Row | None, other: Row | None) -> str:
     return "" if row is None or other is None else f"{row.ms / other.ms:.2f}"
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)

@@ -22,169 +22,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, SECOND_MOMENT, Problem
+from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, Problem, adam_state, result
+from benchmarks.published import Careful, Compiled, Eager, Official
 from maskops.optim import MaskAdam
 from maskops.purify._loop import Run, Setting
 from maskops.purify.awm import PRESETS, _ascend
-
-
-class PublishedConv2d(nn.Conv2d):
-    """The published masked layer: the product anew in every forward, and noise of full size that nothing reads."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        # the published line lacks the bias, which torch has demanded since 1.8
-        return self._conv_forward(input, self.mask * self.weight, self.bias)
-
-
-class Official:
-    """AWM as its authors published it: float32, eager, contiguous images, nothing frozen."""
-
-    memory_format = torch.contiguous_format
-    begin = None
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.batches = problem.batches(self.memory_format)
-        self.model = copy.deepcopy(problem.model)
-        self.masks = {name: self._mask(self.model.get_submodule(name)) for name in problem.masks}
-        self.model.to(memory_format=self.memory_format)
-        self.trigger = torch.zeros_like(problem.trigger).requires_grad_()
-        self.ascent = torch.optim.SGD([self.trigger], lr=INNER_LR)
-        self.descent = self._optimizer()
-        self.correct, self.total = 0, 0.0
-
-    def _mask(self, layer: nn.Conv2d) -> Parameter:
-        layer.__class__ = PublishedConv2d
-        layer.mask = Parameter(torch.ones_like(layer.weight))
-        layer.noise = Parameter(torch.zeros_like(layer.weight))
-        return layer.mask
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.masks.values(), lr=LR)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        self.trigger.copy_(self.problem.trigger)
-        for name, mask in self.masks.items():
-            mask.copy_(self.problem.masks[name])
-            self.descent.state[mask] = _adam_state(mask, on_device=bool(self.descent.defaults["fused"]))
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self.model(images)
-
-    def inner(self, index: int = 0) -> None:
-        images, _ = self.batches[index]
-        labels = self.logits(images).argmax(1)
-        # kept until the next step overwrites them, and with them the graph
-        self.perturbed_logits = self.logits(images + self.trigger)
-        self.loss = -F.cross_entropy(self.perturbed_logits, labels)
-        self.ascent.zero_grad()
-        self.loss.backward(retain_graph=True)
-        self.ascent.step()
-
-    def outer(self, index: int = 0) -> None:
-        images, labels = self.batches[index]
-        perturbed = (images + self.trigger.detach()[0]).clamp(0, 1)
-        self.descent.zero_grad()
-        perturbed_logits, clean_logits = self.logits(perturbed), self.logits(images)
-        perturbed_loss, clean_loss = F.cross_entropy(perturbed_logits, labels), F.cross_entropy(clean_logits, labels)
-        l1 = sum(mask.abs().sum() for mask in self.masks.values())
-        sum(mask.norm() for mask in self.masks.values())  # published, and never used
-        self.printed = perturbed_loss.item(), clean_loss.item(), l1.item()
-        loss = ALPHA * clean_loss + BETA * perturbed_loss + GAMMA * l1
-        self.correct += clean_logits.detach().argmax(1).eq(labels).sum()
-        self.total += loss.item()
-        loss.backward()
-        self.descent.step()
-        self._clip()
-
-    @torch.no_grad()
-    def _clip(self) -> None:
-        for mask in self.masks.values():
-            mask.clamp_(0, 1)
-
-    def result(self) -> dict[str, Tensor]:
-        return _result(self.trigger, self.masks)
-
-    def constants(self) -> Iterable[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
-
-
-class Eager(Official):
-    """The published procedure, channels_last and in the problem's dtype by autocast."""
-
-    memory_format = torch.channels_last
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self._autocast(self.model)(images)
-
-    def _autocast(self, model):
-        dtype = self.problem.dtype
-        if dtype == torch.float32:
-            return model
-
-        def cast(images: Tensor) -> Tensor:
-            with torch.autocast(images.device.type, dtype=dtype):
-                return model(images).float()
-
-        return cast
-
-
-class Careful(Eager):
-    """What plain PyTorch can do: nothing differentiated in vain, labels once per phase, no waiting, a fused Adam."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self.model.requires_grad_(False)
-
-    def _mask(self, layer: nn.Conv2d) -> Parameter:
-        mask = super()._mask(layer)
-        del layer.noise
-        return mask
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.masks.values(), lr=LR, fused=True)
-
-    def _train_masks(self, train: bool) -> None:
-        for mask in self.masks.values():
-            mask.requires_grad_(train)
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        images = self.problem.images.contiguous(memory_format=self.memory_format)
-        # chunks of one size, which a compiler needs to see only once
-        self.labels = torch.cat([self.logits(part).argmax(1) for part in images.chunk(4)])
-
-    def inner(self, index: int = 0) -> None:
-        self._train_masks(False)
-        images, _ = self.batches[index]
-        loss = F.cross_entropy(self.logits(images + self.trigger), self.labels[self.problem.indices[index]])
-        (gradient,) = torch.autograd.grad(loss, self.trigger)
-        with torch.no_grad():
-            self.trigger += INNER_LR * gradient
-
-    def outer(self, index: int = 0) -> None:
-        self._train_masks(True)
-        images, labels = self.batches[index]
-        perturbed = (images + self.trigger.detach()).clamp(0, 1)
-        self.descent.zero_grad()
-        loss = ALPHA * F.cross_entropy(self.logits(images), labels)
-        loss = loss + BETA * F.cross_entropy(self.logits(perturbed), labels)
-        loss = loss + GAMMA * sum(mask.abs().sum() for mask in self.masks.values())
-        loss.backward()
-        self.descent.step()
-        self._clip()
-
-
-class Compiled(Careful):
-    """The careful procedure over ``torch.compile``."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self.compiled = torch.compile(self._autocast(self.model), dynamic=False)
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self.compiled(images)
 
 
 class Maskops:
@@ -205,7 +47,7 @@ class Maskops:
             mask.copy_(self.problem.masks[name])
         self.run.arena.refresh()
         self.run.arena.grad.zero_()
-        self.masks.state[self.run.arena.mask] = _adam_state(self.run.arena.mask, torch.float64)
+        self.masks.state[self.run.arena.mask] = adam_state(self.run.arena.mask, torch.float64)
 
     def begin(self) -> None:
         with self.run.frozen_masks():
@@ -225,7 +67,7 @@ class Maskops:
         self.masks.step()
 
     def result(self) -> dict[str, Tensor]:
-        return _result(self.trigger, self.run.arena.masks)
+        return result(self.trigger, self.run.arena.masks)
 
     def constants(self) -> Iterable[Tensor]:
         arena = self.run.arena
@@ -291,9 +133,9 @@ class Floor:
         adam = torch.optim.Adam(masks.values(), lr=LR)
         for name, mask in masks.items():
             mask.grad = self.weights[name].grad.float() * self.base[name] + GAMMA
-            adam.state[mask] = _adam_state(mask)
+            adam.state[mask] = adam_state(mask)
         adam.step()
-        return _result(self.trigger, {name: mask.clamp(0, 1) for name, mask in masks.items()})
+        return result(self.trigger, {name: mask.clamp(0, 1) for name, mask in masks.items()})
 
     def constants(self) -> Iterable[Tensor]:
         return self.model.parameters()
@@ -310,18 +152,6 @@ def _fold_batch_norms(model: nn.Module) -> nn.Module:
 
 
 FOLDABLE = (nn.Conv2d, nn.BatchNorm2d)
-
-
-def _adam_state(mask: Tensor, step_dtype: torch.dtype = torch.float32, on_device: bool = False) -> dict[str, Tensor]:
-    return {
-        "step": torch.zeros((), dtype=step_dtype, device=mask.device if on_device else "cpu"),
-        "exp_avg": torch.zeros_like(mask, requires_grad=False),
-        "exp_avg_sq": torch.full_like(mask, SECOND_MOMENT, requires_grad=False),
-    }
-
-
-def _result(trigger: Tensor, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"trigger": trigger.detach().clone(), **{name: mask.detach().clone() for name, mask in masks.items()}}
 
 
 CONTESTANTS = {

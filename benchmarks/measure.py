@@ -10,8 +10,9 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,13 @@ class Timed:
     prepare: Callable[[int], Any] = lambda repetition: None
 
 
-def interleaved(timed: dict[Any, Timed], repeats: int, warmup: int, device: torch.device) -> dict[Any, Samples]:
-    """Each step once, in turn, and all over again: what disturbs the machine disturbs everybody."""
+def interleaved(
+    timed: dict[Any, Timed], repeats: int, warmup: int, device: torch.device, flush: Tensor | None = None
+) -> dict[Any, Samples]:
+    """Each step once, in turn, and all over again: what disturbs the machine disturbs everybody.
+
+    flush: written to before every step, to empty a GPU's cache; the GPU is then busy while a short step is launched
+    """
     for repetition in range(warmup):
         for entry in timed.values():
             entry.prepare(repetition)
@@ -58,17 +64,19 @@ def interleaved(timed: dict[Any, Timed], repeats: int, warmup: int, device: torc
     for repetition in range(repeats):
         for key, entry in timed.items():
             entry.prepare(repetition)
-            samples[key].ms.append(milliseconds(lambda: entry.step(repetition), device))  # noqa: B023
+            samples[key].ms.append(milliseconds(partial(entry.step, repetition), device, flush))
     return samples
 
 
-def milliseconds(step: Step, device: torch.device) -> float:
+def milliseconds(step: Step, device: torch.device, flush: Tensor | None = None) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         step()
         return 1e3 * (time.perf_counter() - start)
     torch.cuda.synchronize(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush.zero_()
     start.record()
     step()
     end.record()
@@ -143,10 +151,8 @@ def _peak_resident(threads: int, work: Callable[..., Any], *arguments: Any) -> i
 
 def _forget_peak() -> None:
     """Start the kernel's high-water mark of this process anew, where it can be."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def _resident(field: str) -> int:
@@ -157,6 +163,17 @@ def _resident(field: str) -> int:
         return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, convolutions in float32 are that, and not TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

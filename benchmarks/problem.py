@@ -93,6 +93,22 @@ def _train_batch_norms(model: nn.Module, images: Tensor) -> None:
     model.train()(images)
 
 
+def adam_state(
+    mask: Tensor, step_dtype: torch.dtype = torch.float32, step_device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Adam's state for a mask, as torch's and ours name it, where everybody's first step begins."""
+    return {
+        "step": torch.zeros((), dtype=step_dtype, device=step_device),
+        "exp_avg": torch.zeros_like(mask, requires_grad=False),
+        "exp_avg_sq": torch.full_like(mask, SECOND_MOMENT, requires_grad=False),
+    }
+
+
+def result(trigger: Tensor, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a contestant has learned, by name, for the comparison."""
+    return {name: tensor.detach().clone() for name, tensor in {"trigger": trigger, **masks}.items()}
+
+
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why timing this dtype on this device would mean nothing, or None."""
     if dtype == torch.float32 or device.type != "cpu":

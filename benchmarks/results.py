@@ -7,8 +7,9 @@ import datetime
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,16 @@ class Row:
         return float(self.ms_p50)
 
 
-COLUMNS = [field.name for field in fields(Row)]
+@dataclass
+class Outcome:
+    """What a run found: rows; who has none, and why; failed is true when somebody's results were wrong."""
+
+    rows: list[Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    failed: bool = False
+
+
+COLUMNS = [column.name for column in fields(Row)]
 
 
 def make_row(
@@ -112,7 +122,11 @@ def revision() -> str:
     """The commit, with a plus when files differ from it; empty outside a repository."""
     try:
         answer = subprocess.run(
-            ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -154,12 +168,17 @@ def read(path: Path) -> list[Row]:
         return [Row(**row) for row in reader]
 
 
+def say(what: str) -> None:
+    """Progress, beside the tables."""
+    print(what, file=sys.stderr, flush=True)
+
+
 def aligned(table: list[list[Any]]) -> str:
     """A table as text: the first column to the left, all others to the right.
 
-    >>> print(aligned([["", "ms"], ["official", "12.5"]]))
-              ms
-    official  12.5
+    >>> print(aligned([["net", "ms"], ["small_vgg", "12.5"]]))
+    net          ms
+    small_vgg  12.5
     """
     widths = [max(len(str(row[column])) for row in table) for column in range(len(table[0]))]
     lines = []

@@ -2,7 +2,7 @@
 
 An op takes plain tensors and numbers, computes no gradient of its own and checks nothing: the public functions do. Its
 result has the shape, dtype and strides of the reference's, whichever backend computes it, so that the reference run on
-fake tensors describes every backend to torch.compile.
+fake tensors describes every backend to torch.compile. No two results share memory, nor does one with an input.
 """
 
 from __future__ import annotations

@@ -184,6 +184,22 @@ def test_masked_conv2d_returns_torch_s_layout(layout, options, unbatched, backen
     check(partial(masked_conv2d, **options), partial(plain_layer, F.conv2d, **options), inputs, backend)
 
 
+@pytest.mark.parametrize("layout", ["input", "weight", "both", "neither"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all wanted", "input alone wanted"])
+def test_masked_conv2d_input_gradient_has_torch_s_layout(layout, frozen, backend):
+    def gradient(layer, **options):
+        x, weight, mask = rand(2, 4, 6, 6), rand(8, 4, 3, 3), rand(8, 4, 3, 3)
+        if layout in ("input", "both"):
+            x = x.to(memory_format=torch.channels_last)
+        if layout in ("weight", "both"):
+            weight = weight.to(memory_format=torch.channels_last)
+        output = layer(x.requires_grad_(), weight, mask.requires_grad_(not frozen), **options)
+        return torch.autograd.grad(output.square().sum(), x)[0]
+
+    ours, plains = gradient(masked_conv2d, backend=backend), gradient(partial(plain_layer, F.conv2d))
+    assert ours.stride() == plains.stride()
+
+
 @pytest.mark.parametrize("dual", [False, True], ids=["single", "dual"])
 def test_masked_conv2d_takes_an_expanded_gradient(dual, backend):
     def total(layer, **inputs):

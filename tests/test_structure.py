@@ -17,7 +17,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-ROOMS = ("backends", "_dispatch", "_ops", "functional", "nn", "lower", "purify", "report", "cli")
+ROOMS = ("backends", "_dispatch", "_ops", "functional", "nn", "lower", "purify", "report", "demo", "cli", "__main__")
 """From the bottom to the top; a room imports from those below it."""
 LOWER = ("data", "checkpoint", "convert", "optim", "lean", "arena", "backdoor", "models")
 """The rooms side by side under purify."""
@@ -30,8 +30,7 @@ def room(module):
 
 
 def floor(module):
-    name = {"__main__": "cli"}.get(room(module), room(module))
-    return ROOMS.index("lower" if name in LOWER else name)
+    return ROOMS.index("lower" if room(module) in LOWER else room(module))
 
 
 def imports(module):
@@ -50,6 +49,10 @@ def imports(module):
 
 # the version, and the package itself, which imports all its rooms, stand outside the order
 INSIDE = [module for module in MODULES if room(module) not in ("", "_version")]
+
+
+def test_every_room_has_its_place():
+    assert {room(module) for module in INSIDE} <= {*ROOMS, *LOWER} - {"lower"}
 
 
 @pytest.mark.parametrize("module", INSIDE)

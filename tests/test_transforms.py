@@ -5,8 +5,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, largest, plain_dual, plain_layer, plain_weight, rand
+from functorch.compile import make_boxed_func
+from helpers import DEVICE, largest, plain_dual, plain_layer, rand
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 from maskops import functional
 from maskops.functional import (
@@ -267,7 +270,40 @@ def test_compiled_clip_mask_clips_in_place():
     assert torch.equal(mask, expected)
 
 
-def test_effective_weight_needs_no_graph_without_gradients():
-    with torch.no_grad():
-        assert not masked_conv2d(rand(1, 1, 2, 2), rand(1, 1, 1, 1), rand(1, grad=True)).requires_grad
-    assert plain_weight(rand(2), rand(2)).grad_fn is None
+@pytest.mark.parametrize("case", LAYERS)
+def test_compiled_backward_is_the_lean_op(case):
+    """The reference formulas are differentiable torch, but they are for second gradients alone."""
+    torch.compiler.reset()
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    function, tensors = prepared(case)
+    tensors[0].requires_grad_()
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    total(compiled(*tensors)).backward()
+    for graph, suffix in zip(graphs, ("", "_backward"), strict=True):
+        assert any(target.endswith(f"{suffix}.default") and target.startswith("maskops.") for target in graph)
+        assert not any("convolution" in target or "mm" in target for target in graph)
+
+
+@EVERY
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_without_gradients_the_values_are_the_same_and_no_graph_is_made(case, mode):
+    function, tensors = prepared(case, grad=True)
+    expected = leaves(function(*tensors))
+    with mode():
+        actual = leaves(function(*tensors))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    assert not any(output.requires_grad for output in actual)
+
+
+@EVERY
+def test_checkpointing_recomputes_the_same(case):
+    function, tensors = prepared(case, grad=True)
+    expected = torch.autograd.grad(total(function(*tensors)), tensors)
+    outputs = checkpoint(function, *tensors, use_reentrant=False)
+    actual = torch.autograd.grad(total(outputs), tensors)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))

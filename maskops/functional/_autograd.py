@@ -49,20 +49,20 @@ def run(function: type[Function], *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-def run_layer(function: type[Function], inputs: Branches, weight, mask, noise, bias, *how: Any) -> Any:
+def run_layer(
+    function: type[Function], inputs: Branches, weight, mask, noise, bias, kind: str, geometry: tuple, backend
+) -> Any:
     """A masked layer, computed in the dtype of the inputs; under autocast in autocast's."""
     dtype, device = inputs[0].dtype, inputs[0].device.type
     # autocast knows no meta tensors, and leaves float64 alone
-    casts = dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
-    if casts:
+    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         inputs = each(lambda input: input.to(dtype), inputs)
+        with torch.autocast(device, enabled=False):
+            return run_layer(function, inputs, weight, mask, noise, bias, kind, geometry, backend)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    if not casts:
-        return run(function, *inputs, weight, mask, noise, bias, *how)
-    with torch.autocast(device, enabled=False):
-        return run(function, *inputs, weight, mask, noise, bias, *how)
+    return run(function, *inputs, weight, mask, noise, bias, kind, geometry, backend)
 
 
 def each(change: Callable[[Tensor], Tensor], inputs: Branches) -> Branches:

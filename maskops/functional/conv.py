@@ -60,7 +60,7 @@ def masked_conv2d(
     weight:    (O, C / groups, R, S) of the input's dtype, or either 16-bit and the other float32
     mask:      broadcastable to weight, any floating dtype: (O, C / groups, R, S) per weight, (O, C / groups, 1, 1) per
                kernel, (O, 1, 1, 1) per neuron; so noise, or None
-    bias:      (O,) or None; not masked
+    bias:      (O,) or None; not masked; its dtype may differ from the input's as the weight's may
     stride, padding, dilation, groups: as in torch, with padding also ``"same"`` and ``"valid"``
     backend:   None for the first usable of cuda, triton, reference; see :func:`maskops.explain`
     returns:   as torch's conv2d, in the input's dtype; under autocast in autocast's
@@ -190,17 +190,14 @@ def _geometry(op, dims, weight, stride, padding, dilation, groups, output_paddin
         raise ValueError(f"{op}: groups must be at least 1; got {groups}")
     stride = expand(op, "stride", stride, dims, 1)
     dilation = expand(op, "dilation", dilation, dims, 1)
-    uneven = (0,) * dims
     transposed = output_padding is not None
-    if not transposed:
-        output_padding = (0,) * dims
-        if isinstance(padding, str):
-            padding, uneven = _padding_from_name(op, weight, stride, padding, dilation)
-    else:
-        output_padding = expand(op, "output_padding", output_padding, dims, 0)
-        if any(extra >= max(s, d) for extra, s, d in zip(output_padding, stride, dilation, strict=True)):
-            raise ValueError(f"{op}: output_padding must be smaller than stride or dilation; got {output_padding}")
+    uneven = (0,) * dims
+    if isinstance(padding, str) and not transposed:
+        padding, uneven = _padding_from_name(op, weight, stride, padding, dilation)
     padding = expand(op, "padding", padding, dims, 0)
+    output_padding = expand(op, "output_padding", output_padding or 0, dims, 0)
+    if transposed and any(extra >= max(s, d) for extra, s, d in zip(output_padding, stride, dilation, strict=True)):
+        raise ValueError(f"{op}: output_padding must be smaller than stride or dilation; got {output_padding}")
     return (stride, padding, dilation, transposed, output_padding, groups), uneven
 
 

@@ -38,7 +38,7 @@ def project_onto_l1_ball(input: Tensor, radius: float, *, batch_dims: int = 0, b
 
     input:      (*) any floating dtype; one ball, or one for each index of the first ``batch_dims`` dimensions
     radius:     τ >= 0, in the units of the input
-    returns:    (*) with sum|result| <= radius up to one rounding; a ball with an entry that isn't finite is all NaN
+    returns:    (*) with sum|result| <= radius up to rounding; a ball with an entry that isn't finite is all NaN
     gradients:  input
     errors:     ValueError for a radius that is negative or not finite, TypeError for a dtype that isn't floating
     source:     Duchi et al. 2008, "Efficient projections onto the l1-ball", Figure 1

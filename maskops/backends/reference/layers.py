@@ -53,13 +53,20 @@ def masked_conv_backward(
     else:
         effective = weight.to(grad.dtype)
     if input is None:
-        input = grad.new_empty(()).expand(input_size)
+        input = _of_size(input_size, grad)
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
     bias_size = [weight.shape[1] * groups if transposed else weight.shape[0]]
     grad_input, grad_effective, grad_bias = aten.convolution_backward(
         grad, input, effective, bias_size, *geometry, [need_input, any(need_factors), need_bias]
     )
     return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs)
+
+
+def _of_size(size: list[int], like: Tensor) -> Tensor:
+    """Unwritten memory in the layout of ``like``, for an op that reads of its input only the size."""
+    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last and not like.is_contiguous() else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def masked_linear(input, weight, mask, noise, bias) -> Tensor:

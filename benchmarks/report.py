@@ -1,0 +1,117 @@
+"""The README's tables, from the results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.awm import AGAIN, PHASES
+from benchmarks.results import Row, read
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+PLAIN = ("eager", "careful", "compile")
+"""What can be done without this package."""
+OURS = ("cuda", "triton", "reference")
+"""The backends in the order in which an op takes the first that is there."""
+
+
+def main(readme: Path, folder: Path, check: bool = False) -> int:
+    """Write the tables between the two marks of the README, or only find out whether they are up to date."""
+    if not readme.exists():
+        print(f"report: there is no {readme}", file=sys.stderr)
+        return 1
+    before = readme.read_text()
+    after = between_marks(before, report(folder))
+    if check and after != before:
+        print(f"report: {readme} is out of date; run python -m benchmarks report", file=sys.stderr)
+        return 1
+    if not check:
+        readme.write_text(after)
+    return 0
+
+
+def between_marks(text: str, content: str) -> str:
+    """The text with the content between the two marks."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"report: expected one {BEGIN} and, after it, one {END}")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def report(folder: Path) -> str:
+    """A table for each CSV in the folder, with what we lose below it."""
+    devices = [device_report(rows) for path in sorted(folder.glob("*.csv")) if (rows := read(path))]
+    return "\n\n".join(devices) or "No results are recorded yet."
+
+
+def device_report(rows: list[Row]) -> str:
+    """The table of one device."""
+    last = max(rows, key=lambda row: row.date)
+    versions = f"torch {last.torch}" + (f", Triton {last.triton}" if last.triton else "")
+    head = f"**{last.device}**, {last.threads} threads, {versions}, maskops {last.maskops} {last.revision}, {last.date}"
+    lines = [
+        "| network, batch, dtype | step | official ms | best plain ms | maskops ms | official / maskops | floor ms "
+        "| saved MB, official | saved MB, maskops |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for title, phase, by_name in awm_steps(rows):
+        official, ours, floor = (by_name.get(name) for name in ("official", "maskops", "floor"))
+        if official is None or ours is None:
+            continue
+        plain = min((by_name[name] for name in PLAIN if name in by_name), key=lambda row: row.ms, default=None)
+        cells = [title, phase, official.ms_p50, _ms(plain), f"**{ours.ms_p50}**", f"{official.ms / ours.ms:.2f}"]
+        lines.append(f"| {' | '.join([*cells, _ms(floor), official.saved_mb, ours.saved_mb])} |")
+        if plain is not None and plain.ms < ours.ms:
+            times = f"{plain.ms_p50} against {ours.ms_p50} ms"
+            notes.append(f"{title}, {phase}: `{plain.contestant}` is faster than maskops, {times}")
+    notes += _noise(rows) + _lost_ops(rows)
+    return "\n".join([head, "", *lines, "", *(f"- {note}." for note in notes)]).strip()
+
+
+def awm_steps(rows: Iterable[Row]) -> list[tuple[str, str, dict[str, Row]]]:
+    """(network, batch and dtype; phase; the rows by contestant) of each AWM step."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row.benchmark == "awm" and row.phase in PHASES:
+            title = f"{row.net}, {row.batch}, {row.dtype}"
+            found.setdefault((title, row.phase), {})[row.contestant] = row
+    return [(*key, by_name) for key, by_name in found.items()]
+
+
+def _noise(rows: Iterable[Row]) -> list[str]:
+    """How far two timings of one contestant are apart, at worst."""
+    apart = [
+        abs(by_name[AGAIN].ms / by_name["maskops"].ms - 1)
+        for _, _, by_name in awm_steps(rows)
+        if AGAIN in by_name and "maskops" in by_name
+    ]
+    return [f"Noise: maskops timed twice in one run differs by up to {max(apart):.0%}"] if apart else []
+
+
+def _lost_ops(rows: Iterable[Row]) -> list[str]:
+    """On how many single ops plain torch is faster than the backend that an op takes, and where most."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row.benchmark == "ops":
+            found.setdefault((row.phase, row.net, row.dtype), {})[row.contestant] = row
+    slower = {}
+    for key, by_name in found.items():
+        ours = next((by_name[name] for name in OURS if name in by_name), None)
+        plain = [by_name[name].ms for name in ("eager", "compile") if name in by_name]
+        if ours is not None and plain:
+            slower[key] = ours.ms / min(plain)
+    lost = {key: ratio for key, ratio in slower.items() if ratio > 1.05}
+    if not lost:
+        return [f"Single ops: none of {len(slower)} is more than 5 % slower than plain torch"] if slower else []
+    (phase, shape, dtype), ratio = max(lost.items(), key=lambda item: item[1])
+    where = f"{phase} on {shape}, {dtype}"
+    return [
+        f"Single ops: {len(lost)} of {len(slower)} are slower than plain torch, at worst {ratio:.2f} times ({where})"
+    ]
+
+
+def _ms(row: Row | None) -> str:
+    return "" if row is None else row.ms_p50

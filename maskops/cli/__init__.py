@@ -1,0 +1,57 @@
+"""``python -m maskops …``: every expected error is one line, and the exit code says whose it was.
+
+0: done. 1: the run failed (a loss became NaN, no memory was left). 2: an input can't be used. 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from maskops._version import __version__
+from maskops.cli import demo, info, purify
+
+_COMMANDS = {"purify": purify, "info": info, "demo": demo}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; ``arguments.run(arguments)`` runs what was asked for."""
+    of_all = _Parser(prog="maskops", description="Remove backdoors from PyTorch models by masks on their weights.")
+    of_all.add_argument("--version", action="version", version=f"maskops {__version__}")
+    commands = of_all.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        text = module.__doc__.splitlines()[0]
+        of_one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        of_one.set_defaults(run=module.run, prog=of_one.prog)
+        module.add_arguments(of_one)
+    return of_all
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        return _failed(arguments.prog, str(error), 2)
+    except RuntimeError as error:
+        return _failed(arguments.prog, str(error), 1)
+    except KeyboardInterrupt:
+        return _failed(arguments.prog, "interrupted; nothing was written", 130)
+    return 0
+
+
+def _failed(prog: str, message: str, code: int) -> int:
+    print(f"{prog}: {_one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

@@ -1,0 +1,231 @@
+"""Remove a backdoor from a model with a few clean images, and measure before and after."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskops import models, report
+from maskops.backdoor import Metrics, der, evaluate, parse
+from maskops.checkpoint import CheckpointError, load_state_dict
+from maskops.cli.options import add_options, best_device, given
+from maskops.data import Pair, load_images, one_shot, split
+from maskops.purify import AWMOptions, Purification, Setting, awm
+from maskops.purify.awm import PRESETS
+
+_METHODS = {"awm": awm}
+_CLI_DEVICE = "where to run (default: the GPU if there is one, else the CPU)"
+_NAMED_KEYS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_argument_group("the model and the images")
+    inputs.add_argument("--method", choices=_METHODS, default="awm", help="default: awm")
+    known = ", ".join(models.ARCHITECTURES)
+    inputs.add_argument(
+        "--arch", required=True, help=f"{known}, or package.module:callable, which is imported and called"
+    )
+    inputs.add_argument(
+        "--arch-options", type=_arch_options, default={}, metavar="KEY=VALUE,…", help="arguments of the architecture"
+    )
+    inputs.add_argument(
+        "--checkpoint", required=True, metavar="FILE", help=".pth, .pt or .safetensors; code in it is never run"
+    )
+    inputs.add_argument(
+        "--clean", required=True, metavar="PATH", help="clean images: file.npz, file.npz:train, or a class folder each"
+    )
+    chosen = inputs.add_mutually_exclusive_group()
+    chosen.add_argument("--n", type=int, help="how many of them, drawn by --seed (default: all)")
+    chosen.add_argument(
+        "--one-shot", action="store_true", help="one of each class, drawn by --seed, and nine augmented copies of each"
+    )
+    inputs.add_argument("--no-flip", action="store_true", help="no mirrored copies in --one-shot (digits, signs)")
+    inputs.add_argument("--size", type=int, metavar="N", help="resize the images of class folders to N x N")
+
+    measuring = parser.add_argument_group("measuring", "The purification sees none of these.")
+    measuring.add_argument("--eval", required=True, metavar="PATH", help="images to measure on, as --clean")
+    measuring.add_argument(
+        "--trigger", type=parse, metavar="SPEC", help="e.g. badnets_square:size=4,margin=1 or additive:trigger.png"
+    )
+    measuring.add_argument("--target", type=int, metavar="CLASS", help="the class that the trigger leads to")
+    measuring.add_argument("--curves", action="store_true", help="measure after every epoch too")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the results go")
+    output.add_argument("--overwrite", action="store_true", help="replace results in a folder that isn't empty")
+
+    options = parser.add_argument_group("options of AWM")
+    options.add_argument("--preset", choices=PRESETS, default="paper", help="where the values begin (default: paper)")
+    add_options(options, PRESETS)
+    # the folder gets plain layers and the masks, so there is no choice to make
+    add_options(parser.add_argument_group("setting"), {"default": Setting()}, {"folded"}, {"device": _CLI_DEVICE})
+
+
+def run(arguments: argparse.Namespace) -> None:
+    changes = {"device": best_device(), **given(arguments, AWMOptions, Setting)}
+    for one, other in (("trigger", "target"), ("mean", "std")):
+        if (getattr(arguments, one, None) is None) != (getattr(arguments, other, None) is None):
+            raise ValueError(f"--{one} and --{other} belong together")
+    if not (arguments.overwrite or report.is_empty(arguments.out)):
+        raise ValueError(f"--out {arguments.out} is not empty; name another folder, or give --overwrite")
+    with report.results_folder(arguments.out) as folder:
+        model = _load_model(arguments).to(changes["device"])
+        clean, evaluation = _load_data(arguments, changes.get("seed", Setting.seed))
+        _check_channels(clean[0].shape[1], changes)
+        measure = partial(_measure, arguments, evaluation, changes)
+        before = measure(model)
+        curves: list[Metrics] = []
+
+        def on_epoch(epoch: int, working: nn.Module) -> None:
+            if arguments.curves:
+                with torch.autocast(changes["device"].type, changes.get("dtype"), enabled="dtype" in changes):
+                    curves.append(evaluate(working, *evaluation, arguments.trigger, arguments.target))
+
+        method = _METHODS[arguments.method]
+        result = method(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
+        after = measure(result.model)
+        inputs = {name: str(getattr(arguments, name)) for name in ("arch", "checkpoint", "clean", "eval", "trigger")}
+        notes = {"inputs": {**inputs, "target": arguments.target, "clean_images": len(clean[1])}}
+        _conclude(folder, arguments.out, result, before, after, clean[0], curves, notes)
+
+
+def _check_channels(channels: int, changes: dict[str, Any]) -> None:
+    for name in ("mean", "std"):
+        if len(changes.get(name, range(channels))) != channels:
+            raise ValueError(f"--{name} needs {channels} values, one per channel; got {changes[name]}")
+
+
+class _OnPixels(nn.Module):
+    """Logits of images in [0, 1] from a model that may want them normalised, and may return them in an object."""
+
+    def __init__(self, model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.mean, self.std = mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.mean is not None:
+            mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+            images = (images - mean) / std
+        output = self.model(images)
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def _measure(arguments: argparse.Namespace, evaluation: Pair, changes: dict[str, Any], model: nn.Module) -> Metrics:
+    model = _OnPixels(model, changes.get("mean"), changes.get("std"))
+    try:
+        return evaluate(model, *evaluation, arguments.trigger, arguments.target)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shape = tuple(evaluation[0].shape[1:])
+        raise ValueError(f"{arguments.arch} can't compute on images {shape}: {error}") from error
+
+
+def _load_model(arguments: argparse.Namespace) -> nn.Module:
+    model = models.build(arguments.arch, **arguments.arch_options)
+    found, expected = load_state_dict(arguments.checkpoint), model.state_dict()
+    differing = [name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape]
+    reasons = [
+        _listed("it lacks", [name for name in expected if name not in found]),
+        _listed("it has besides", [name for name in found if name not in expected]),
+        _listed(
+            "shapes differ",
+            [f"{name} {tuple(found[name].shape)}, not {tuple(expected[name].shape)}" for name in sorted(differing)],
+        ),
+    ]
+    if any(reasons):
+        reason = "; ".join(filter(None, reasons))
+        raise ValueError(f"{arguments.checkpoint} doesn't fit the architecture {arguments.arch}: {reason}")
+    model.load_state_dict(found)
+    return model
+
+
+def _listed(title: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED_KEYS} more" if len(names) > _NAMED_KEYS else ""
+    return f"{title} {', '.join(names[:_NAMED_KEYS])}{more}" if names else ""
+
+
+def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
+    """Clean images for the purification, and others to measure on."""
+    images, labels = _load_images(arguments.clean, arguments.size)
+    evaluation = _load_images(arguments.eval, arguments.size)
+    if evaluation[0].shape[1:] != images.shape[1:]:
+        shapes = f"{tuple(images.shape[1:])} and {tuple(evaluation[0].shape[1:])}"
+        raise ValueError(f"--clean and --eval must hold images of one shape; got {shapes}")
+    generator = torch.Generator().manual_seed(seed)
+    if arguments.one_shot:
+        clean = one_shot(images, labels, images.shape[-1], generator, flip=not arguments.no_flip)
+        originals = clean[0][: len(labels.unique())]
+    else:
+        clean = split(images, labels, arguments.n or len(labels), generator)[0]
+        originals = clean[0]
+    seen = _count_shared(originals, evaluation[0])
+    if seen == len(originals):
+        raise ValueError("all clean images are among those of --eval: measure on others, e.g. file.npz:test")
+    if seen:
+        print(f"warning: {seen} of {len(originals)} clean images are among those of --eval too", file=sys.stderr)
+    return clean, evaluation
+
+
+def _load_images(path: str, size: int | None) -> Pair:
+    return load_images(path, size if Path(path).is_dir() else None)
+
+
+def _count_shared(images: Tensor, others: Tensor) -> int:
+    """How many of the images are, pixel for pixel, among the others."""
+    known = {_digest(image) for image in others}
+    return sum(_digest(image) in known for image in images)
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy().tobytes()).digest()
+
+
+def _conclude(
+    folder: Path,
+    out: Path,
+    result: Purification,
+    before: Metrics,
+    after: Metrics,
+    images: Tensor,
+    curves: Sequence[Metrics],
+    notes: dict[str, Any],
+) -> None:
+    """Write and print the results."""
+    known = before.asr_excl is not None and not math.isnan(before.asr_excl)
+    effectiveness = der(before, after) if known else None
+    notes = {**notes, "der": effectiveness}
+    try:
+        no_picture = report.write(folder, result, before, after, images, curves=curves, notes=notes)
+    except (CheckpointError, OSError) as error:  # the inputs were all right
+        raise RuntimeError(str(error)) from error
+    print(report.measured(before, after))
+    print(report.cost(result) + (f", DER {effectiveness:.3f} (0.5: no change)" if known else ""))
+    if no_picture:
+        print(f"no picture: {no_picture}")
+    print(f"written to {out}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def _arch_options(text: str) -> dict[str, Any]:
+    """``key=value,…``; a value is a Python literal, or else text."""
+    options = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not (key and equals):
+            raise argparse.ArgumentTypeError(f"expected key=value,…; got {part!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[key] = value
+    return options

@@ -1,0 +1,231 @@
+import copy
+import doctest
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from benchmarks import __main__ as command_line
+from benchmarks import awm, cases, measure, ops, problem, report, results
+from benchmarks.contestants import CONTESTANTS, Maskops
+from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, SECOND_MOMENT, make_problem
+from benchmarks.published import Official
+
+CPU = torch.device("cpu")
+COMPARED = {name: make for name, make in CONTESTANTS.items() if name != "compile"}
+
+
+class ForgetsTheTrigger(Maskops):
+    def outer(self, index=0):
+        batch = self.problem.indices[index]
+        self.run.descend((ALPHA, self.run.images[batch], self.run.labels[batch]))
+        self.masks.step()
+
+
+class Descends(Official):
+    def inner(self, index=0):
+        super().inner(index)
+        with torch.no_grad():
+            self.trigger.copy_(2 * self.problem.trigger - self.trigger)
+
+
+def rows(**changes):
+    made = results.make_row("awm", "small_vgg", 4, torch.float32, "official", "inner", (9.0, 10.0, 11.0), CPU, 2e6, 3e6)
+    return [replace(made, **changes)]
+
+
+def test_contestants_agree_with_the_published_procedure_and_are_timed():
+    outcome = awm.run("small_vgg", 4, torch.float32, CPU, repeats=1, warmup=0, contestants=COMPARED, peaks=False)
+    assert not outcome.failed and not outcome.absent
+    timed = {(row.contestant, row.phase) for row in outcome.rows}
+    assert timed == {(name, phase) for name in (*COMPARED, awm.AGAIN) for phase in awm.PHASES}
+    saved = {(row.contestant, row.phase): float(row.saved_mb) for row in outcome.rows if row.saved_mb}
+    assert saved["maskops", "inner"] < saved["floor", "inner"] < saved["careful", "inner"] < saved["official", "inner"]
+    assert "maskops again" in awm.table(outcome)
+
+
+@pytest.mark.parametrize(("wrong", "where"), [(ForgetsTheTrigger, "features"), (Descends, "trigger")])
+def test_a_contestant_that_computes_something_else_gets_no_number(wrong, where, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(awm, "CONTESTANTS", {"wrong": wrong})
+    arguments = ["awm", "--net", "small_vgg", "--batch", "4", "--repeats", "1", "--no-peaks", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == 1
+    assert f"wrong: no numbers, its {where}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_published_steps_are_those_of_the_formulas():
+    """The definition that all contestants are held against, once more, by hand and in float64."""
+    given = make_problem("small_vgg", 4, torch.float32, CPU)
+    found = awm.first_steps(Official(given))
+    assert awm.disagreement(given, awm_by_hand(given), found)[1] < awm.TOLERANCE[torch.float32]
+
+
+def awm_by_hand(given):
+    model = copy.deepcopy(given.model).double()
+    weights = {name: model.get_submodule(name).weight.detach() for name in given.masks}
+    masks = {name: mask.double().requires_grad_() for name, mask in given.masks.items()}
+    images, labels = given.images[given.indices[0]].double(), given.labels[given.indices[0]]
+    trigger = given.trigger.double().requires_grad_()
+
+    def loss(images, labels):
+        effective = {f"{name}.weight": masks[name] * weight for name, weight in weights.items()}
+        logits = functional_call(model, effective, images)
+        return -logits.log_softmax(1)[range(len(labels)), labels].mean(), logits.argmax(1)
+
+    _, predicted = loss(images, labels)
+    (gradient,) = torch.autograd.grad(loss(images + trigger, predicted)[0], trigger)
+    trigger = (trigger + INNER_LR * gradient).detach()
+
+    total = ALPHA * loss(images, labels)[0] + BETA * loss((images + trigger).clamp(0, 1), labels)[0]
+    total = total + GAMMA * sum(mask.abs().sum() for mask in masks.values())
+    stepped = {}
+    for (name, mask), gradient in zip(masks.items(), torch.autograd.grad(total, list(masks.values())), strict=True):
+        # Adam from a zero first moment: m̂ = g, v̂ = (0.999 v + 0.001 g²) / 0.001
+        second = (0.999 * SECOND_MOMENT + 0.001 * gradient**2) / 0.001
+        stepped[name] = (mask - LR * gradient / (second.sqrt() + 1e-8)).clamp(0, 1).detach().float()
+    return {"trigger": trigger.float(), **stepped}
+
+
+def test_ops_agree_and_are_timed():
+    with torch.device("meta"):
+        shapes = [shape for _, shape in cases.layers_of("small_vgg", 2)]
+    assert shapes[0] == (2, 3, 32, 32) and shapes[-1] == (2, 2048) and len(shapes) == 7
+    outcome = ops.run(["small_vgg"], 2, torch.float32, CPU, repeats=1, warmup=0)
+    assert not outcome.failed and not outcome.absent
+    found = {row.phase.split()[0] for row in outcome.rows}
+    assert found == {
+        *("masked_conv2d", "dual_masked_conv2d", "masked_linear", "effective_weight"),
+        *("mask", "rescale_to_l1_ball", "project_onto_l1_ball"),
+    }
+    assert {"eager", "reference", "floor"} <= {row.contestant for row in outcome.rows}
+    assert len(ops.table(outcome).splitlines()) == 1 + len({(row.net, row.phase) for row in outcome.rows})
+
+
+def test_an_op_that_computes_something_else_gets_no_number():
+    ones, twos = (torch.ones(2),), (torch.full((2,), 2.0),)
+    case = cases.Case("shape", "op", lambda: lambda: ones, lambda: lambda: twos, lambda: lambda: twos)
+    outcome = results.Outcome()
+    steps = ops.contestants(case, compiles=False, tolerance=0.1, outcome=outcome)
+    assert list(steps) == ["eager", "floor"] and outcome.failed
+    assert outcome.absent["reference, op, shape"] == "1 away from plain torch"
+
+
+def test_a_rerun_replaces_its_rows_and_no_others(tmp_path):
+    first = results.write(rows() + rows(contestant="compile"), tmp_path)
+    assert first == results.write(rows(net="resnet18"), tmp_path)
+    results.write(rows(ms_p50="5"), tmp_path)
+    kept = [(row.net, row.contestant, row.ms_p50) for row in results.read(first)]
+    assert kept == [("resnet18", "official", "10"), ("small_vgg", "official", "5")]
+    assert results.write([], tmp_path) is None
+
+
+def test_results_of_other_columns_are_refused(tmp_path):
+    path = tmp_path / "old.csv"
+    path.write_text("net,ms\n")
+    with pytest.raises(ValueError, match=r"old\.csv: expected the columns benchmark, net"):
+        results.read(path)
+
+
+def test_device_names_become_file_names():
+    assert results.file_name("NVIDIA H200") == "nvidia-h200.csv"
+    assert (
+        results.file_name("AMD Ryzen 9 7950X 16-Core Processor/../x") == "amd-ryzen-9-7950x-16-core-processor-..-x.csv"
+    )
+    assert "/" not in results.file_name(results.device_name(CPU))
+    assert doctest.testmod(results).failed == 0
+
+
+def test_saved_bytes_are_the_most_at_one_time():
+    x = torch.ones(1000, requires_grad=True)
+
+    def twice():
+        for _ in range(2):
+            x.exp().sum().backward()
+
+    assert measure.peak_saved_bytes(twice) == 4000
+    assert measure.peak_saved_bytes(lambda: (x.exp() + x.exp()).sum()) == 8000
+    assert measure.peak_saved_bytes(lambda: (x * x.detach()).sum(), [x]) == 0
+
+
+def allocate(megabytes):
+    return lambda: torch.ones(megabytes * 250_000).sum()
+
+
+def test_peak_memory_on_the_cpu_is_that_of_the_step():
+    assert multiprocessing.current_process().name == "MainProcess"
+    assert 60e6 < measure.peak_bytes(allocate, 64, device=CPU) < 80e6
+
+
+def test_time_limit_ends_what_takes_longer():
+    with pytest.raises(TimeoutError, match="longer than 1 s"), measure.time_limit(1):
+        while True:
+            pass
+
+
+def test_what_would_mean_nothing_is_not_timed(monkeypatch, capsys):
+    assert "float16" in problem.why_not(torch.float16, CPU)
+    assert problem.why_not(torch.float32, CPU) is None
+    monkeypatch.setattr(awm, "why_not", lambda dtype, device: "this CPU has no arithmetic of its own in bfloat16")
+    outcome = awm.run("small_vgg", 4, torch.bfloat16, CPU, repeats=1, warmup=0)
+    assert not outcome.rows and not outcome.failed
+    assert "maskops: no numbers, this CPU has no arithmetic of its own in bfloat16" in awm.table(outcome)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command_line.main(["awm", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "benchmarks: torch sees no CUDA device\n"
+
+
+def test_timings_alternate_and_give_percentiles():
+    order = []
+    timed = {
+        name: measure.Timed(lambda repetition, name=name: order.append((name, repetition)), lambda repetition: None)
+        for name in "ab"
+    }
+    samples = measure.interleaved(timed, repeats=2, warmup=1, device=CPU)
+    assert order == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert len(samples["a"].ms) == 2
+    assert measure.Samples([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]).percentiles() == (2.0, 3.5, 5.0)
+    assert (measure.Samples([1.0]) + measure.Samples([30.0]) / 15).ms == [3.0]
+
+
+def test_report_is_made_from_the_rows(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    results.write(
+        rows()
+        + rows(contestant="maskops", ms_p50="4", saved_mb="0.5")
+        + rows(contestant=awm.AGAIN, ms_p50="4.4", saved_mb="")
+        + rows(contestant="compile", ms_p50="3")
+        + rows(contestant="floor", ms_p50="2.5"),
+        tmp_path,
+    )
+    assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path), "--check"]) == 1
+    assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| small_vgg, 4, float32 | inner | 10 | 3 | **4** | 2.50 | 2.5 | 2 | 0.5 |" in text
+    assert "`compile` is faster than maskops, 3 against 4 ms" in text
+    assert "differs by up to 10%" in text
+    assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path), "--check"]) == 0
+
+
+def test_report_says_on_how_many_ops_we_lose():
+    made = []
+    for phase, ours in (("a forward", "8"), ("b forward", "15")):
+        made += rows(benchmark="ops", phase=phase, contestant="eager")
+        made += rows(benchmark="ops", phase=phase, contestant="triton", ms_p50=ours)
+        made += rows(benchmark="ops", phase=phase, contestant="reference", ms_p50="1")
+    assert "1 of 2 are slower than plain torch, at worst 1.50 times (b forward on" in report.device_report(made)
+
+
+def test_report_needs_its_marks():
+    with pytest.raises(ValueError, match="expected one <!-- benchmarks:begin -->"):
+        report.between_marks("no marks", "content")
+
+
+def test_readme_agrees_with_the_results():
+    readme = results.ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("there is no README.md")
+    assert report.main(readme, results.FOLDER, check=True) == 0
