@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.contestants import CONTESTANTS, Compiled, Official
 from benchmarks.measure import Timed, full_float32, interleaved, peak_bytes, peak_saved_bytes, time_limit
 from benchmarks.problem import ROTATION, STEPS, Problem, make_problem, why_not
-from benchmarks.results import Outcome, Row, aligned, make_row, say
+from benchmarks.results import Outcome, Row, aligned, first_line, make_row, say
 
 NETS = ("small_vgg", "resnet18")
 PHASES = ("inner", "outer")
@@ -93,7 +93,7 @@ def _admit(
             except Exception as error:
                 if not compiles:
                     raise
-                outcome.absent[name] = f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+                outcome.absent[name] = f"torch.compile failed: {first_line(error)}"
                 continue
             where, error = disagreement(problem, expected, actual)
             if not error <= TOLERANCE[problem.dtype]:

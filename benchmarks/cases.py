@@ -152,7 +152,7 @@ def _case(title: str, op: str, wanted: str | None, functions: tuple[Function, ..
         partial(make, plain, inputs),
         partial(make, ours, inputs),
         partial(make, floor, floor_inputs),
-        lambda: make(torch.compile(plain, dynamic=False), inputs),
+        lambda: make(_compiled(plain), inputs),
     )
 
 
@@ -167,6 +167,11 @@ def _layer_step(function: Function, inputs: dict[str, Tensor], wanted: str | Non
         return torch.autograd.grad(_as_tuple(function(**inputs)), inputs[wanted], upstream)
 
     return forward if wanted is None else forward_and_gradient
+
+
+def _compiled(function: Function) -> Function:
+    torch.compiler.reset()  # the limit of recompilations is per function, and this one has been made for other shapes
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -191,7 +196,7 @@ def _network_cases(net: str, weights: list[Tensor]) -> Iterator[Case]:
         lambda: plain,
         lambda: ours,
         _copy(weights[0].device, 6 * count),
-        lambda: torch.compile(plain),
+        partial(_compiled, plain),
     )
     yield Case(
         net,

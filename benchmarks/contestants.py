@@ -47,7 +47,7 @@ class Maskops:
             mask.copy_(self.problem.masks[name])
         self.run.arena.refresh()
         self.run.arena.grad.zero_()
-        self.masks.state[self.run.arena.mask] = adam_state(self.run.arena.mask, torch.float64)
+        self.masks.state[self.run.arena.mask] = adam_state(self.run.arena.mask)
 
     def begin(self) -> None:
         with self.run.frozen_masks():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import resource
 import signal
 import statistics
@@ -10,7 +12,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,15 +130,16 @@ def peak_bytes(work: Callable[..., Any], *arguments: Any, device: torch.device) 
     """The most memory that ``work(*arguments)()`` needs at one time, beyond what ``work(*arguments)`` left behind.
 
     On the CPU both run in a process of their own, so ``work`` is a function of a module. Memory there is what the
-    operating system counts as resident.
+    operating system counts as resident, and what is freed is given back to it, so that nothing is reused unseen.
     """
     if device.type == "cuda":
         step = work(*arguments)
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with environment("MALLOC_MMAP_THRESHOLD_", "65536"), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_resident, (torch.get_num_threads(), work, *arguments))
 
 
@@ -166,14 +169,22 @@ def _resident(field: str) -> int:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Inside, convolutions in float32 are that, and not TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def environment(name: str, value: str) -> Iterator[None]:
+    """Inside, the environment variable has this value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def full_float32() -> AbstractContextManager[None]:
+    """Inside, convolutions in float32 are that, and not TF32."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 @contextmanager

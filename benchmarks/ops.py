@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Make, cases
-from benchmarks.measure import Step, Timed, full_float32, interleaved
+from benchmarks.cases import Case, cases
+from benchmarks.measure import Step, Timed, environment, full_float32, interleaved
 from benchmarks.problem import why_not
-from benchmarks.results import Outcome, aligned, make_row, say
+from benchmarks.results import Outcome, aligned, first_line, make_row, say
 
 BACKENDS = ("cuda", "triton", "reference")
+FORCE = "MASKOPS_BACKEND"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.004}
 """Largest distance from plain torch, relative, as norms: about 4 units in the last place for the 16-bit dtypes."""
 FLUSH_BYTES = 256 * 2**20
@@ -38,17 +36,24 @@ def run(
     if reason is not None:
         outcome.absent["ops"] = reason
         return outcome
+    torch.manual_seed(0)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    for case in cases(nets, batch, dtype, device):
-        say(f"{case.phase}, {case.shape}")
-        steps = contestants(case, compiles, TOLERANCE[dtype], outcome)
-        timed = {name: Timed(lambda repetition, step=step: step()) for name, step in steps.items()}
-        samples = interleaved(timed, repeats, warmup, device, flush)
-        for name, ms in samples.items():
-            outcome.rows.append(
-                make_row("ops", case.shape, batch, dtype, name, case.phase, ms.percentiles(), device=device)
-            )
+    with environment(FORCE, ""):
+        for case in cases(nets, batch, dtype, device):
+            say(f"{case.phase}, {case.shape}")
+            steps = contestants(case, compiles, TOLERANCE[dtype], outcome)
+            timed = {name: _timed(name, step) for name, step in steps.items()}
+            for name, ms in interleaved(timed, repeats, warmup, device, flush).items():
+                row = make_row("ops", case.shape, batch, dtype, name, case.phase, ms.percentiles(), device=device)
+                outcome.rows.append(row)
     return outcome
+
+
+def _timed(name: str, step: Step) -> Timed:
+    def force_backend(repetition: int) -> None:
+        os.environ[FORCE] = name if name in BACKENDS else ""
+
+    return Timed(lambda repetition: step(), force_backend)
 
 
 def contestants(case: Case, compiles: bool, tolerance: float, outcome: Outcome) -> dict[str, Step]:
@@ -56,47 +61,28 @@ def contestants(case: Case, compiles: bool, tolerance: float, outcome: Outcome) 
     makers = {"eager": case.plain}
     if compiles and case.compiled is not None:
         makers["compile"] = case.compiled
-    makers |= {backend: partial(_forced, backend, case.ours) for backend in BACKENDS}
+    makers |= dict.fromkeys(BACKENDS, case.ours)
     steps = {}
     with full_float32():
         expected = case.plain()()
         for name, make in makers.items():
-            step = make()
+            what = f"{name}, {case.phase}, {case.shape}"
             try:
-                error = _distance(expected, step())
-            except RuntimeError as reason:
-                if "was asked for, but" not in str(reason):
+                step = make()
+                with environment(FORCE, name if name in BACKENDS else ""):
+                    error = _distance(expected, step())
+            except Exception as reason:
+                if name == "compile":
+                    outcome.absent[what] = first_line(reason)
+                elif "was asked for, but" not in str(reason):
                     raise
                 continue
             if not error <= tolerance:
-                outcome.absent[f"{name}, {case.phase}, {case.shape}"] = f"{error:.2g} away from plain torch"
+                outcome.absent[what] = f"{error:.2g} away from plain torch"
                 outcome.failed = True
                 continue
             steps[name] = step
     return {**steps, "floor": case.floor()}
-
-
-def _forced(backend: str, make: Make) -> Step:
-    """The step, on that backend whatever else there is."""
-    step = make()
-
-    def forced() -> Any:
-        with forced_backend(backend):
-            return step()
-
-    return forced
-
-
-@contextmanager
-def forced_backend(backend: str) -> Iterator[None]:
-    before = os.environ.get("MASKOPS_BACKEND")
-    os.environ["MASKOPS_BACKEND"] = backend
-    try:
-        yield
-    finally:
-        del os.environ["MASKOPS_BACKEND"]
-        if before is not None:
-            os.environ["MASKOPS_BACKEND"] = before
 
 
 @torch.no_grad()

@@ -93,12 +93,10 @@ def _train_batch_norms(model: nn.Module, images: Tensor) -> None:
     model.train()(images)
 
 
-def adam_state(
-    mask: Tensor, step_dtype: torch.dtype = torch.float32, step_device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def adam_state(mask: Tensor, step_device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Adam's state for a mask, as torch's and ours name it, where everybody's first step begins."""
     return {
-        "step": torch.zeros((), dtype=step_dtype, device=step_device),
+        "step": torch.zeros((), device=step_device),
         "exp_avg": torch.zeros_like(mask, requires_grad=False),
         "exp_avg_sq": torch.full_like(mask, SECOND_MOMENT, requires_grad=False),
     }

@@ -166,4 +166,5 @@ class Compiled(Careful):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.logits = torch.compile(super().logits, dynamic=False)
+        torch.compiler.reset()  # the limit of recompilations is per function, not per contestant
+        self.logits = torch.compile(super().logits, dynamic=False, fullgraph=True)

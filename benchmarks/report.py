@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.awm import AGAIN, PHASES
+from benchmarks.ops import BACKENDS
 from benchmarks.results import Row, read
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PLAIN = ("eager", "careful", "compile")
 """What can be done without this package."""
-OURS = ("cuda", "triton", "reference")
-"""The backends in the order in which an op takes the first that is there."""
 
 
 def main(readme: Path, folder: Path, check: bool = False) -> int:
@@ -37,13 +36,13 @@ def between_marks(text: str, content: str) -> str:
         raise ValueError(f"report: expected one {BEGIN} and, after it, one {END}")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    return "\n".join([before + BEGIN, *([content] if content else []), END + after])
 
 
 def report(folder: Path) -> str:
     """A table for each CSV in the folder, with what we lose below it."""
     devices = [device_report(rows) for path in sorted(folder.glob("*.csv")) if (rows := read(path))]
-    return "\n\n".join(devices) or "No results are recorded yet."
+    return "\n\n".join(devices)
 
 
 def device_report(rows: list[Row]) -> str:
@@ -92,14 +91,14 @@ def _noise(rows: Iterable[Row]) -> list[str]:
 
 
 def _lost_ops(rows: Iterable[Row]) -> list[str]:
-    """On how many single ops plain torch is faster than the backend that an op takes, and where most."""
+    """On how many single ops plain torch is faster than the backend that serves them, the first there is; the worst."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if row.benchmark == "ops":
             found.setdefault((row.phase, row.net, row.dtype), {})[row.contestant] = row
     slower = {}
     for key, by_name in found.items():
-        ours = next((by_name[name] for name in OURS if name in by_name), None)
+        ours = next((by_name[name] for name in BACKENDS if name in by_name), None)
         plain = [by_name[name].ms for name in ("eager", "compile") if name in by_name]
         if ours is not None and plain:
             slower[key] = ours.ms / min(plain)

@@ -54,7 +54,7 @@ class Row:
 
     @property
     def run(self) -> tuple[str, ...]:
-        """What is measured in one go, and so replaced in one go: rows of two runs can't be compared."""
+        """What is measured together, and so replaced together: times of two runs can't be compared."""
         return self.benchmark, self.net, self.batch, self.dtype
 
     @property
@@ -87,10 +87,14 @@ def make_row(
     peak: float | None = None,
 ) -> Row:
     """A row of the present machine, versions and revision; percentiles (20, 50, 80) in ms, memory in bytes."""
-    p20, p50, p80 = (f"{value:.4g}" for value in percentiles)
-    saved_mb, peak_mb = ("" if value is None else f"{value / 1e6:.4g}" for value in (saved, peak))
+    p20, p50, p80 = (_number(value) for value in percentiles)
+    saved_mb, peak_mb = ("" if value is None else _number(value / 1e6) for value in (saved, peak))
     what = benchmark, net, str(batch), str(dtype).removeprefix("torch."), contestant, phase
     return Row(*what, p50, p20, p80, saved_mb, peak_mb, *environment(device))
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def environment(device: torch.device) -> tuple[str, ...]:
@@ -141,9 +145,10 @@ def _triton_version() -> str:
 
 
 def write(rows: Iterable[Row], out: Path | None = None) -> Path | None:
-    """Write rows into their device's CSV; the rows of an earlier run of the same go.
+    """Write rows into their device's CSV, in the place of those that an earlier run of the same left there.
 
-    out: a CSV, or a folder of them; benchmarks/results by default
+    out:     a CSV, or a folder of them; benchmarks/results by default
+    returns: the CSV, or None when there are no rows
     """
     rows = list(rows)
     if not rows:
@@ -166,6 +171,11 @@ def read(path: Path) -> list[Row]:
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; got {reader.fieldnames}")
         return [Row(**row) for row in reader]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def say(what: str) -> None:

@@ -22,7 +22,7 @@ class MaskArena:
     weights: name -> θ of any shape, all of one dtype and device; 4-D and 5-D weights are kept in channels_last order
     masks:   name -> m, broadcastable to its weight; their values are copied, their dtypes promoted to one
     dtype:   dtype of the effective weights; the weights' by default
-    errors:  ValueError when the names differ, or when there are none
+    errors:  ValueError when the names differ, when there are none, and for weights of several dtypes or devices
 
     >>> arena = MaskArena({"conv": torch.full((2, 3), 2.0)}, {"conv": torch.full((2, 1), 0.5)})
     >>> arena.effective_weights["conv"]
@@ -38,14 +38,18 @@ class MaskArena:
             raise ValueError(
                 f"MaskArena: expected one mask per weight; got weights {list(weights)} and masks {list(masks)}"
             )
+        kinds = {(weight.dtype, weight.device) for weight in weights.values()}
+        if len(kinds) > 1:
+            found = ", ".join(sorted({f"{weight_dtype} on {device}" for weight_dtype, device in kinds}))
+            raise ValueError(f"MaskArena: the weights must have one dtype and device; got {found}")
         dtype = next(iter(weights.values())).dtype if dtype is None else dtype
         self._elementwise = all(masks[name].shape == weights[name].shape for name in weights)
         self.weight, self.weights = _pack(weights)
         mask, self.masks = _pack(masks)
         self.mask = Parameter(mask)
         self.effective, effective_views = _pack(weights, dtype)
-        self.grad, grads = _pack(weights, dtype)
-        self.grad.zero_()
+        self.grad = torch.zeros_like(self.effective)
+        grads = _views(self.grad, weights)
         self.effective_weights = {name: Parameter(view) for name, view in effective_views.items()}
         for name, grad in grads.items():
             self.effective_weights[name].grad = grad

@@ -63,7 +63,8 @@ def fold_(model: nn.Module) -> nn.Module:
     The classes and state_dict keys are those from before :func:`mask_`; every folded weight is a new parameter equal to
     ``weight * mask``, so tensors shared with other models stay as they are. Noise is the adversary's and is dropped.
 
-    errors: ValueError for a model without masked layers
+    errors: ValueError for a model without masked layers, ValueError or TypeError, with the name, for one that can't be
+            folded; nothing has been changed then
 
     >>> model = mask_(nn.Conv2d(1, 1, 1, bias=False))
     >>> _ = model.mask.data.fill_(0.5)
@@ -74,16 +75,24 @@ def fold_(model: nn.Module) -> nn.Module:
     layers = masked_layers(model)
     if not layers:
         raise ValueError("fold_: expected a model with masked layers; got none")
-    folded: dict[tuple[int, int], Parameter] = {}
-    with torch.no_grad():
-        for layer in layers.values():
-            weight, mask = layer.weight, getattr(layer, layer.mask_name)
-            tied = id(weight), id(mask)
-            if tied not in folded:
-                effective = functional.effective_weight(weight, mask)
-                folded[tied] = Parameter(effective, requires_grad=weight.requires_grad)
-            layer._become_plain().weight = folded[tied]
+    folded = {_tie(layer): _fold(name, layer) for name, layer in layers.items()}
+    for layer in layers.values():
+        weight = folded[_tie(layer)]
+        layer._become_plain().weight = weight
     return model
+
+
+def _tie(layer: MaskedLayer) -> tuple[int, int]:
+    return id(layer.weight), id(getattr(layer, layer.mask_name))
+
+
+@torch.no_grad()
+def _fold(name: str, layer: MaskedLayer) -> Parameter:
+    try:
+        effective = functional.effective_weight(layer.weight, getattr(layer, layer.mask_name))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"fold_: {name or 'the model itself'}: {error}") from error
+    return Parameter(effective, requires_grad=layer.weight.requires_grad)
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:

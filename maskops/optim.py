@@ -15,16 +15,22 @@ _ops = torch.ops.maskops
 
 class _MaskOptimizer(torch.optim.Optimizer):
     def __init__(self, masks: Iterable[Any] | MaskArena, defaults: dict[str, Any]) -> None:
-        name = type(self).__name__
         self._arena = masks if isinstance(masks, MaskArena) else None
-        if not isinstance(defaults["lr"], Tensor) and defaults["lr"] < 0:
-            raise ValueError(f"{name}: lr must not be negative; got {defaults['lr']}")
-        if defaults["l1"] < 0:
-            raise ValueError(f"{name}: l1 must not be negative; got {defaults['l1']}")
-        lower, upper = defaults["lower"], defaults["upper"]
-        if not isinstance(lower, Tensor) and lower > upper:
-            raise ValueError(f"{name}: lower must not be above upper; got lower {lower} and upper {upper}")
         super().__init__([masks.mask] if self._arena else masks, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add masks with options of their own; what isn't given is as for the others."""
+        self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for option in ("lr", "l1"):
+            if not group[option] >= 0:
+                raise ValueError(f"{name}: {option} must be a number >= 0; got {group[option]}")
+        lower, upper = group["lower"], group["upper"]
+        if not isinstance(lower, Tensor) and not lower <= upper:
+            raise ValueError(f"{name}: lower must not be above upper; got lower {lower} and upper {upper}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -55,7 +61,7 @@ class _MaskOptimizer(torch.optim.Optimizer):
 
 def _number(value: float | Tensor) -> Tensor:
     """A number as a 0-d tensor. On the CPU it also serves a mask on another device, without a copy that would wait."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class MaskAdam(_MaskOptimizer):
@@ -70,7 +76,7 @@ class MaskAdam(_MaskOptimizer):
     lower, upper: bounds of the masks; lower may be a tensor that broadcasts to each mask of its group
     capturable: keep the step count on the masks' device, so that a step can be captured in a CUDA graph; give lr as a
                 tensor on that device when it changes, and lower too
-    errors:     ValueError for negative lr or l1, and for lower > upper
+    errors:     ValueError, also for a group, for negative lr or l1 and for lower > upper
     source:     AWM's outer step as published: Adam (Kingma & Ba 2015) and ``clamp_(0, 1)``; its Algorithm 1, lines 12
                 and 13, writes plain gradient steps
 
@@ -103,7 +109,7 @@ class MaskAdam(_MaskOptimizer):
         state = self.state[key]
         if not state:
             device = mask.device if group["capturable"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float64, device=device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
         _ops.mask_adam_step_(

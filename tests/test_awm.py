@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,15 +282,28 @@ def test_a_loss_that_is_no_number_stops_with_one_line(clean_data):
     ("options", "message"),
     [
         ({"preset": "fast"}, "awm: preset must be one of paper, official; got 'fast'"),
-        ({"alpha": 1.5}, "awm: alpha must be at most 1; got 1.5"),
-        ({"tau": -1.0}, "awm: tau must be a number >= 0; got -1.0"),
-        ({"tau": "big"}, "awm: tau must be a number >= 0; got 'big'"),
-        ({"gamma": math.nan}, "awm: gamma must be a number >= 0; got nan"),
-        ({"epochs": 0}, "awm: epochs must be at least 1; got 0"),
-        ({"epochs": "auto"}, "awm: epochs must be at least 1; got 'auto'"),
+        ({"preset": ["paper"]}, "awm: preset must be one of paper, official; got ['paper']"),
+        ({"alpha": 1.5}, "awm: alpha must be a number from 0 to 1; got 1.5"),
+        ({"tau": -1.0}, "awm: tau must be a number of at least 0 or 'auto'; got -1.0"),
+        ({"tau": "big"}, "awm: tau must be a number of at least 0 or 'auto'; got 'big'"),
+        ({"gamma": math.nan}, "awm: gamma must be a number of at least 0; got nan"),
+        ({"epochs": 0}, "awm: epochs must be a whole number of at least 1; got 0"),
+        ({"epochs": 1.5}, "awm: epochs must be a whole number of at least 1; got 1.5"),
+        ({"epochs": True}, "awm: epochs must be a whole number of at least 1; got True"),
+        ({"epochs": "auto"}, "awm: epochs must be a whole number of at least 1; got 'auto'"),
         ({"projection": "l3"}, "awm: projection must be one of rescale, project, l2, none; got 'l3'"),
-        ({"branches": "both"}, "awm: branches must be 'auto', 'sequential' or 'concatenated'; got 'both'"),
-        ({"mean": (0.5,)}, "awm: mean and std must have 2 values, one per channel; got (0.5,)"),
+        ({"clamp": "no"}, "awm: clamp must be one of True, False; got 'no'"),
+        ({"seed": -1}, "purify: seed must be a whole number of at least 0; got -1"),
+        ({"branches": "both"}, "purify: branches must be one of auto, sequential, concatenated; got 'both'"),
+        ({"granularity": "row"}, "purify: granularity must be one of weight, kernel, neuron; got 'row'"),
+        ({"mean": (0.5,), "std": (0.5,)}, "awm: mean and std must have 2 values, one per channel; got (0.5,)"),
+        ({"mean": (0.5, 0.5)}, "purify: mean and std must be given together"),
+        ({"mean": 0.5, "std": 0.5}, "purify: mean must be finite numbers, one per channel; got 0.5"),
+        (
+            {"mean": (0.5, 0.5), "std": (0.5, 0.0)},
+            "purify: std must be positive numbers, one per channel; got (0.5, 0.0)",
+        ),
+        ({"exclude": "nothing"}, "awm: mask_: pattern 'nothing' fits none of the model's conv layers"),
     ],
 )
 def test_bad_options_are_one_line(clean_data, options, message):
@@ -305,12 +319,132 @@ def test_unknown_options_name_the_known_ones(clean_data):
 
 def test_other_precisions_are_refused(clean_data):
     with pytest.raises(
-        TypeError, match=r"^awm: dtype must be the model's torch.float64 or bfloat16; got torch.float16$"
+        TypeError, match=r"^awm: dtype must be the model's torch.float64, or bfloat16 over float32; got torch.float16$"
     ):
         awm(tiny_network(), clean_data, dtype=torch.float16, progress=False)
+
+
+def test_unusable_devices_are_one_line(clean_data):
+    with pytest.raises(ValueError, match=r"^awm: device 'cud': [^\n]*\Z"):
+        awm(tiny_network(), clean_data, device="cud", progress=False)
+
+
+def test_numpy_numbers_become_plain_ones(clean_data):
+    options = {"tau": np.float32(3), "batch_size": np.int64(4), "mean": np.zeros(2), "std": np.ones(2)}
+    result = awm(tiny_network(), clean_data, epochs=1, progress=False, **options)
+    assert json.loads(json.dumps(result.options)) == result.options
 
 
 def test_labels_beyond_the_classes_are_refused(clean_data):
     images, labels = clean_data
     with pytest.raises(ValueError, match="awm: labels must be below the model's 3 classes; got 7"):
         awm(tiny_network(), (images, labels + 5), progress=False)
+
+
+class Awkward(nn.Module):
+    """A weight that two layers share, a parameter that is also in a list, and an input that is overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+        self.b.weight = self.a.weight
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+        self.everywhere = [self.scale]
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x):
+        x.sub_(0.5)
+        x = F.relu(self.first(x)) * self.everywhere[0]
+        return self.head(self.b(F.relu(self.a(x))).mean((2, 3)))
+
+
+def test_tied_weights_stay_tied_and_references_follow(clean_data):
+    model = Awkward().double()
+    results = [awm(model, clean_data, epochs=2, progress=False, folded=folded) for folded in (True, False)]
+    for result in results:
+        purified = result.model
+        assert sorted(result.masks) == ["a.mask", "first.mask"]
+        assert purified.a.weight is purified.b.weight and purified.everywhere[0] is purified.scale
+        assert purified.scale is not model.scale and model.scale.grad is None
+    assert len(list(results[0].model.parameters())) == len(list(model.parameters()))
+    assert results[1].model.a.mask is results[1].model.b.mask
+
+
+def test_a_model_that_overwrites_its_input_changes_nobodys_images(clean_data):
+    images, labels = clean_data
+    images = images.contiguous(memory_format=torch.channels_last)
+    before = images.clone()
+    awm(Awkward(), (images, labels), epochs=1, preset="official", progress=False)
+    assert torch.equal(images, before)
+
+
+def test_layers_that_no_forward_uses_are_refused_by_name(clean_data):
+    model = tiny_network()
+    model.add_module("head", nn.Identity())
+    model.head.auxiliary = nn.Conv2d(2, 2, 1).double()
+    with pytest.raises(ValueError, match=r"^awm: the model's forward doesn't use head.auxiliary; use exclude=$"):
+        awm(model, clean_data, progress=False)
+    assert "head.auxiliary.mask" not in awm(model, clean_data, epochs=1, exclude="head*", progress=False).masks
+
+
+def test_a_closure_over_the_model_is_refused(clean_data):
+    model = tiny_network()
+    model.forward = lambda x: nn.Sequential.forward(model, x)
+    with pytest.raises(ValueError, match=r"^awm: the model's forward doesn't use 0, 3.conv, 5; use exclude=$"):
+        awm(model, clean_data, progress=False)
+
+
+def test_outputs_that_are_no_logits_are_refused(clean_data):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(0))
+    with pytest.raises(
+        TypeError, match=r"^awm: the model must return logits \(images, classes\), .*; got shape \(216,\)$"
+    ):
+        awm(model, clean_data, progress=False)
+
+
+def test_masks_that_are_no_numbers_stop_the_run(clean_data):
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.unused = nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(2, 3, 1, bias=False)
+
+        def forward(self, x):
+            # the root of 0 has an infinite slope: the loss is a number, its gradient isn't
+            return self.conv(x).mean((2, 3)) + (self.unused(x.detach() * 0)).square().mean((2, 3)).sqrt()
+
+    with pytest.raises(NonFiniteError, match=r"^awm: a mask became nan or infinite; the model is left as it was$"):
+        awm(Root(), clean_data, epochs=1, inner_steps=1, outer_steps=1, tau=0.0, progress=False)
+
+
+def test_ambient_modes_of_torch_do_not_matter(clean_data):
+    model = tiny_network().float()
+    expected = awm(model, clean_data, epochs=2, progress=False).masks
+    with torch.no_grad(), torch.autocast("cpu"):
+        found = awm(model, clean_data, epochs=2, progress=False).masks
+    assert all(torch.equal(mask, found[name]) for name, mask in expected.items())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^awm: a purification needs gradients, .*"):
+        awm(model, clean_data, progress=False)
+
+
+def test_the_model_given_to_on_epoch_stays_in_eval_mode_and_computes_in_the_runs_precision(clean_data):
+    def measure(epoch, model):
+        training = model.training
+        model.eval()(clean_data[0])
+        model.train(training)
+
+    model = nn.Sequential(tiny_network().float()[:-1], nn.Dropout(0.9), nn.Linear(6, 3))
+    kinds = {"layers": "conv", "epochs": 2, "progress": False}
+    for dtype in (None, torch.bfloat16):
+        plain, measured = (awm(model, clean_data, dtype=dtype, on_epoch=f, **kinds) for f in (None, measure))
+        assert all(torch.equal(mask, measured.masks[name]) for name, mask in plain.masks.items())
+
+
+def test_sixteen_bit_masks_on_norms_are_refused(clean_data):
+    with pytest.raises(TypeError, match=r"^awm: dtype torch.bfloat16 is for masks on convolutions and linear layers"):
+        awm(tiny_network().float(), clean_data, layers="norm", dtype=torch.bfloat16, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_normalisation_follows_the_models_dtype(clean_data, dtype):
+    result = awm(tiny_network().to(dtype), clean_data, epochs=1, mean=(0.4, 0.5), std=(0.2, 0.3), progress=False)
+    assert result.model[0].weight.dtype == dtype

@@ -119,6 +119,9 @@ def test_a_rerun_replaces_its_rows_and_no_others(tmp_path):
     kept = [(row.net, row.contestant, row.ms_p50) for row in results.read(first)]
     assert kept == [("resnet18", "official", "10"), ("small_vgg", "official", "5")]
     assert results.write([], tmp_path) is None
+    assert [
+        row.ms_p80 for row in rows() + [results.make_row(*("ops", "", 1, torch.float32, "", ""), (1, 2, 12345.6), CPU)]
+    ] == ["11", "12346"]
 
 
 def test_results_of_other_columns_are_refused(tmp_path):
@@ -217,6 +220,11 @@ def test_report_says_on_how_many_ops_we_lose():
         made += rows(benchmark="ops", phase=phase, contestant="triton", ms_p50=ours)
         made += rows(benchmark="ops", phase=phase, contestant="reference", ms_p50="1")
     assert "1 of 2 are slower than plain torch, at worst 1.50 times (b forward on" in report.device_report(made)
+
+
+def test_report_without_results_is_empty(tmp_path):
+    text = f"{report.BEGIN}\n{report.END}"
+    assert report.between_marks(text, report.report(tmp_path)) == text
 
 
 def test_report_needs_its_marks():

@@ -109,9 +109,12 @@ def test_each_layer_can_have_its_own_lower_bound():
     )
 
 
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("kind", ["adam", "sgd", "capturable"])
 def test_state_dict_resumes_to_the_same_masks(kind):
-    masks = random_masks()
+    def make(kind, masks):
+        return MaskAdam(masks, lr=0.05, capturable=True) if kind == "capturable" else globals()["make"](kind, masks)
+
+    masks = random_masks(torch.float32)
     optimizer = make(kind, masks)
 
     def steps(optimizer, masks, seed):
@@ -174,11 +177,16 @@ def test_masks_without_a_gradient_stay_and_closures_run():
 @pytest.mark.parametrize(
     ("construct", "message"),
     [
-        (lambda masks: MaskAdam(masks, lr=-1.0), "MaskAdam: lr must not be negative; got -1.0"),
-        (lambda masks: MaskSGD(masks, l1=-1.0), "MaskSGD: l1 must not be negative; got -1.0"),
+        (lambda masks: MaskAdam(masks, lr=-1.0), "MaskAdam: lr must be a number >= 0; got -1.0"),
+        (lambda masks: MaskSGD(masks, l1=-1.0), "MaskSGD: l1 must be a number >= 0; got -1.0"),
         (
             lambda masks: MaskAdam(masks, lower=2.0),
             "MaskAdam: lower must not be above upper; got lower 2.0 and upper 1.0",
+        ),
+        (lambda masks: MaskAdam([{"params": masks, "lr": -1.0}]), "MaskAdam: lr must be a number >= 0; got -1.0"),
+        (
+            lambda masks: MaskArena({"a": masks[0], "b": masks[0].double()}, {"a": masks[0], "b": masks[0]}),
+            "MaskArena: the weights must have one dtype and device; got torch.float32 on cpu, torch.float64 on cpu",
         ),
         (lambda masks: MaskAdam(masks, betas=(0.9, 1.0)), "MaskAdam: betas must be in [0, 1); got (0.9, 1.0)"),
         (lambda masks: MaskSGD(masks, momentum=1.0), "MaskSGD: momentum must be in [0, 1); got 1.0"),
@@ -193,3 +201,10 @@ def test_bad_arguments_are_one_line(construct, message):
     with pytest.raises(ValueError) as error:
         construct([nn.Parameter(torch.ones(2))])
     assert str(error.value) == message
+
+
+def test_gradients_of_sixteen_bits_are_multiplied_in_the_masks_precision():
+    arena = MaskArena({"a": torch.full((4,), 1e-3, dtype=torch.float16)}, {"a": torch.ones(4)})
+    arena.grad.fill_(1e-5)
+    MaskSGD(arena, lr=1e6, lower=-1.0).step()
+    assert (arena.masks["a"] < 1).all()

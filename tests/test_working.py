@@ -1,6 +1,7 @@
 """The working model computes what the network computes, whatever it folded away."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskops import models
-from maskops.purify._working import WorkingModel, own_parameters_, shared_copy
+from maskops.purify._working import WorkingModel, shared_copy
 
 
 def with_statistics(network):
@@ -23,7 +24,7 @@ def with_statistics(network):
 
 
 def working(network, images, **options):
-    return WorkingModel(shared_copy(network, torch.device("cpu")), images, **options)
+    return WorkingModel(shared_copy(network), images, **options)
 
 
 def count(network, kind):
@@ -178,7 +179,7 @@ def test_layers_with_hooks_are_left_alone():
 def test_kept_layers_are_not_folded():
     network = with_statistics(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten()))
     images = torch.rand(2, 2, 8, 8, dtype=torch.float64)
-    assert count(working(network, images, keep=["1"]), nn.BatchNorm2d) == 1
+    assert count(working(network, images, masked=["1"]), nn.BatchNorm2d) == 1
 
 
 def test_the_users_tensors_and_flags_stay_as_they_were():
@@ -189,10 +190,78 @@ def test_the_users_tensors_and_flags_stay_as_they_were():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_shared_copies_share_parameters_until_they_own_them():
+def test_shared_copies_share_tensors_but_no_parameters():
     network = models.small_vgg()
-    shared = shared_copy(network, torch.device("cpu"))
-    assert all(a is b for a, b in zip(network.parameters(), shared.parameters(), strict=True))
-    assert all(a is not b for a, b in zip(network.buffers(), shared.buffers(), strict=True))
-    own_parameters_(shared, network)
-    assert all(a is not b and torch.equal(a, b) for a, b in zip(network.parameters(), shared.parameters(), strict=True))
+    shared = shared_copy(network)
+    for ours, theirs in zip(shared.parameters(), network.parameters(), strict=True):
+        assert ours is not theirs and ours.data_ptr() == theirs.data_ptr()
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(network.buffers(), shared.buffers(), strict=True))
+
+
+class Overwritten(nn.Module):
+    """The convolution's output is changed in place, by a statement that returns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y[:, 0] = 0
+        return self.bn(y).mean((2, 3))
+
+
+class WeightReadTwice(Overwritten):
+    def forward(self, x):
+        return (self.bn(self.conv(x)) + F.conv2d(x * 2, self.conv.weight)).mean((2, 3))
+
+
+class ForwardReplaced(Overwritten):
+    def __init__(self):
+        super().__init__()
+        self.conv.forward = types.MethodType(lambda conv, x: F.relu(F.conv2d(x, conv.weight)), self.conv)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).mean((2, 3))
+
+
+class CalledByKeyword(Overwritten):
+    def forward(self, x):
+        return self.bn(input=self.conv(input=x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("network", [Overwritten, WeightReadTwice, ForwardReplaced, CalledByKeyword])
+def test_other_readers_and_writers_are_seen(network):
+    network = with_statistics(network())
+    images = torch.rand(2, 2, 8, 8, dtype=torch.float64)
+    trigger = torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    fast = working(network, images)
+    torch.testing.assert_close(fast(images), network(images))
+    torch.testing.assert_close(fast(images, trigger), network(images + trigger))
+
+
+def test_an_unforeseen_difference_undoes_the_folding(monkeypatch):
+    def wrongly(network, readers, masked):
+        network[0].bias.data.add_(1)
+
+    monkeypatch.setattr("maskops.purify._working._fold_batch_norms", wrongly)
+    network = with_statistics(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten()))
+    images = torch.rand(2, 2, 8, 8, dtype=torch.float64)
+    expected = network(images)
+    assert count(working(copy.deepcopy(network), images), nn.BatchNorm2d) == 1
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_gradients_of_weights_pass_the_trigger():
+    network = with_statistics(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten()))
+    images, trigger = torch.rand(3, 2, 8, 8, dtype=torch.float64), torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    fast = working(network, images)
+    weight = fast.network[0].weight.requires_grad_()
+    (found,) = torch.autograd.grad(fast(images, trigger).square().sum(), weight)
+    (expected,) = torch.autograd.grad(network(images + trigger).square().sum(), network[0].weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_working_model_is_in_eval_mode():
+    fast = working(models.small_vgg().train(), torch.rand(2, 3, 32, 32))
+    assert not any(module.training for module in fast.modules())

@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar
 
-from maskops.purify._loop import Setting
-
 Options = TypeVar("Options")
+Setting = TypeVar("Setting")
 Auto = Literal["auto"]
 
 
 def settle(
-    method: str, presets: Mapping[str, Options], preset: str, changes: Mapping[str, Any]
+    method: str, presets: Mapping[str, Options], setting: type[Setting], preset: str, changes: Mapping[str, Any]
 ) -> tuple[Options, Setting]:
     """A method's options, from the preset and the changes that are its fields, and the setting, from all others."""
-    if preset not in presets:
+    if preset not in tuple(presets):
         raise ValueError(f"{method}: preset must be one of {', '.join(presets)}; got {preset!r}")
     options = presets[preset]
-    own, common = ({field.name for field in fields(of)} for of in (options, Setting))
+    own, common = ({field.name for field in fields(of)} for of in (options, setting))
     unknown = sorted(changes.keys() - own - common)
     if unknown:
         raise TypeError(f"{method}: no option {', '.join(unknown)}; there are {', '.join(sorted(own | common))}")
-    setting = Setting(**{name: value for name, value in changes.items() if name in common})
-    return replace(options, **{name: value for name, value in changes.items() if name in own}), setting
+    chosen = setting(**{name: value for name, value in changes.items() if name in common})
+    return replace(options, **{name: value for name, value in changes.items() if name in own}), chosen
 
 
-def check(method: str, options: Any, name: str, expected: str, holds: Callable[[Any], bool]) -> None:
-    """Raise unless the field is finite and as expected, or "auto" where it may be."""
+def number(
+    method: str, options: Any, name: str, kind: type, least: float, most: float = math.inf, auto: bool = False
+) -> None:
+    """Make the field an int or a float; raise unless it is a number in [least, most], or "auto" where allowed."""
     value = getattr(options, name)
-    (may_be,) = (field.type for field in fields(options) if field.name == name)
-    if value == "auto" and "Auto" in may_be:
+    if auto and isinstance(value, str) and value == "auto":
         return
-    try:
-        valid = (not isinstance(value, float) or math.isfinite(value)) and holds(value)
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"{method}: {name} must be {expected}; got {value!r}")
+    of_kind = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if not (of_kind and math.isfinite(value) and least <= value <= most):
+        expected = "a whole number" if kind is int else "a number"
+        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        other = " or 'auto'" if auto else ""
+        raise ValueError(f"{method}: {name} must be {expected} {bounds}{other}; got {value!r}")
+    object.__setattr__(options, name, kind(value))
+
+
+def choice(method: str, options: Any, name: str, choices: Collection[Any]) -> None:
+    """Raise unless the field is one of the choices."""
+    value = getattr(options, name)
+    if not any(type(value) is type(each) and value == each for each in choices):
+        raise ValueError(f"{method}: {name} must be one of {', '.join(map(str, choices))}; got {value!r}")

@@ -15,40 +15,31 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def shared_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """A model of the same structure over the same parameters; over copies when they are not on the device.
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A model of the same structure over new parameters that hold the same tensors. Buffers are copied.
 
-    Buffers are copied: batch norm writes to them.
+    errors: TypeError for a model that Python can't copy
     """
-    if any(parameter.device != device for parameter in model.parameters()):
-        return copy.deepcopy(model).to(device)
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
-def own_parameters_(model: nn.Module, foreign: nn.Module) -> nn.Module:
-    """Replace the parameters that a model shares with another by copies, in place."""
-    shared = {id(parameter): parameter for parameter in foreign.parameters()}
-    copies: dict[int, Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in shared:
-                copies.setdefault(id(parameter), copy.deepcopy(parameter))
-                module._parameters[name] = copies[id(parameter)]
-    return model
+    memo = {id(parameter): Parameter(parameter.detach(), parameter.requires_grad) for parameter in model.parameters()}
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"the model can't be copied: {str(error).splitlines()[0]}") from error
 
 
 class WorkingModel(nn.Module):
     """A frozen model that computes the same logits from images in pixel space, with less work.
 
-    In eval mode a batch norm that follows a layer is folded into that layer's weight and bias, and the gradient of a
-    trigger that the whole batch shares is summed over the batch before the first convolution's backward instead of
-    after it: conv(x + Δ) = conv(x) + conv(Δ). Both need to know who reads what, which one forward of ``example`` shows;
-    where the answer isn't certain nothing is changed.
+    A batch norm that follows a layer is folded into that layer's weight and bias, and the gradient of a trigger that
+    the whole batch shares is summed over the batch before the first convolution's backward instead of after it:
+    conv(x + Δ) = conv(x) + conv(Δ). Both need to know who reads what, which one forward of ``example`` shows; where the
+    answer isn't certain, or the logits of the example come out otherwise, nothing is changed.
 
-    network:   any classifier. It becomes part of this one and is changed; the tensors that it holds are not
+    network:   any classifier. It becomes part of this one, in eval mode and without gradients
     example:   (B, C, H, W) images in pixel space on the network's device
     mean, std: per channel, what the network expects its images to be normalised by; None for none
-    keep:      names of layers that are not to be folded away
+    masked:    names of layers that are not to be folded away; those whose weight no forward reads are in ``unused``
+    dtype:     of activations, by autocast; None for the network's own
     """
 
     def __init__(
@@ -57,22 +48,50 @@ class WorkingModel(nn.Module):
         example: Tensor,
         mean: Tensor | None = None,
         std: Tensor | None = None,
-        keep: Collection[str] = (),
+        masked: Collection[str] = (),
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.network = _frozen(network).eval()
+        self.dtype = dtype
         self.register_buffer("mean", None if mean is None else mean.view(-1, 1, 1))
         self.register_buffer("std", None if std is None else std.view(-1, 1, 1))
-        with _Readers() as readers, torch.no_grad():
-            readers.watch(self.network, self.normalise(example))
-        _fold_batch_norms(self.network, readers, keep)
+        self.network = network.requires_grad_(False)
+        self._first: str | None = None
+        self.eval()
+        unfolded = shared_copy(self.network)
+        with torch.no_grad(), self._precision(example), _Readers() as readers:
+            logits = _logits(readers.watch(self.network, self.normalise(example.clone())))
+        self.unused = [name for name in masked if not readers.reads(self.network.get_submodule(name).weight)]
+        _fold_batch_norms(self.network, readers, masked)
+        if not self._agrees(logits, example):
+            self.network = unfolded
+            return
         self._first = _first_convolution(self.network, readers)
+        trigger = 0.5 - example[:1]
+        with torch.no_grad():
+            perturbed = self(example + trigger)
+        if not self._agrees(perturbed, example, trigger):
+            self._first = None
+
+    @torch.no_grad()
+    def _agrees(self, expected: Tensor, images: Tensor, trigger: Tensor | None = None) -> bool:
+        difference = (self(images.clone(), trigger) - expected).abs().max()
+        coarsest = images.dtype if self.dtype is None else self.dtype
+        return bool(difference <= torch.finfo(coarsest).eps ** 0.5 * expected.abs().max().clamp_min(1))
 
     def normalise(self, images: Tensor) -> Tensor:
         return images if self.mean is None else (images - self.mean) / self.std
 
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
+        with self._precision(images):
+            return self._network_logits(images, trigger).to(images.dtype)
+
+    def _precision(self, images: Tensor) -> torch.autocast:
+        # no autocast, too, is set: one around the run would keep stale copies of effective weights
+        return torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def _network_logits(self, images: Tensor, trigger: Tensor | None) -> Tensor:
         if trigger is None:
             return _logits(self.network(self.normalise(images)))
         if self._first is None:
@@ -87,7 +106,7 @@ class WorkingModel(nn.Module):
 
 
 class _AddToAll(torch.autograd.Function):
-    """``outputs + one``, for outputs (B, C, *) without a gradient and one (1, C, *).
+    """``outputs + one``, for outputs (B, C, *) and one (1, C, *).
 
     The gradient of one is the sum over the batch, taken in the order of memory: on the CPU many times as fast as the
     sum that autograd would take over a channels_last tensor.
@@ -99,12 +118,16 @@ class _AddToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, grad.movedim(1, -1).sum(0, keepdim=True).movedim(-1, 1)
+        return grad, grad.movedim(1, -1).sum(0, keepdim=True).movedim(-1, 1)
 
 
 def _logits(output: Any) -> Tensor:
     """The logits of a model that returns a tensor, or an object that holds them, as transformers' models do."""
-    return output if isinstance(output, Tensor) else output.logits
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        raise TypeError(f"the model must return logits (images, classes), or an object with .logits; got {found}")
+    return logits
 
 
 class _Readers(TorchFunctionMode):
@@ -119,30 +142,38 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        # shapes, dtypes and the like are no readers: only what makes a tensor is
-        if any(True for _ in _tensors(result)):
+        # shapes, dtypes and the like are no readers: only what makes or changes a tensor is
+        if func is Tensor.__setitem__ or any(True for _ in _tensors(result)):
             self._count((args, kwargs))
         return result
 
-    def watch(self, network: nn.Module, images: Tensor) -> None:
+    def watch(self, network: nn.Module, images: Tensor) -> Any:
         def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            self.inputs.setdefault(module, []).append(inputs[0])
-            self.outputs.setdefault(module, []).append(output)
+            # a layer called by keyword is a layer of which nothing is known
+            if inputs:
+                self.inputs.setdefault(module, []).append(inputs[0])
+                self.outputs.setdefault(module, []).append(output)
 
-        # a layer with hooks of its own may do more than its class says
+        # a layer with hooks or a forward of its own may do more than its class says
         layers = [
             module
             for module in network.modules()
             if type(module) in (*_CONVOLUTIONS, *_BATCH_NORMS, nn.Linear)
-            and not (module._forward_hooks or module._forward_pre_hooks)
+            and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         ]
         handles = [layer.register_forward_hook(record) for layer in layers]
         self.images = images
         try:
-            self._count(network(images))
+            result = network(images)
         finally:
             for handle in handles:
                 handle.remove()
+        self._count(result)
+        return result
+
+    def reads(self, tensor: Tensor) -> int:
+        """How many functions read the tensor."""
+        return self._counts.get(id(tensor), 0)
 
     def sole_output(self, module: nn.Module) -> Tensor | None:
         """What the module returned, if it ran once and exactly one function read that."""
@@ -153,12 +184,12 @@ class _Readers(TorchFunctionMode):
         return self._read_once(self.inputs.get(module, []))
 
     def _read_once(self, tensors: list[Tensor]) -> Tensor | None:
-        return tensors[0] if len(tensors) == 1 and self._counts.get(id(tensors[0])) == 1 else None
+        return tensors[0] if len(tensors) == 1 and self.reads(tensors[0]) == 1 else None
 
     def _count(self, value: Any) -> None:
         for tensor in {id(tensor): tensor for tensor in _tensors(value)}.values():
             self._alive.append(tensor)
-            self._counts[id(tensor)] = self._counts.get(id(tensor), 0) + 1
+            self._counts[id(tensor)] = self.reads(tensor) + 1
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -171,28 +202,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(value.values()))
 
 
-def _frozen(network: nn.Module) -> nn.Module:
-    """The network over new parameters without gradients that hold the tensors of the old ones."""
-    frozen: dict[int, Parameter] = {}
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                frozen.setdefault(id(parameter), Parameter(parameter.detach(), requires_grad=False))
-                module._parameters[name] = frozen[id(parameter)]
-    return network
-
-
-def _fold_batch_norms(network: nn.Module, readers: _Readers, keep: Collection[str]) -> None:
+def _fold_batch_norms(network: nn.Module, readers: _Readers, masked: Collection[str]) -> None:
     """Fold each batch norm that alone reads a layer's output into that layer's weight and bias."""
-    shared = _weights_used_twice(network)
-    kept = {network.get_submodule(name) for name in keep}
+    kept = {network.get_submodule(name) for name in masked}
     makers = {id(readers.sole_output(module)): module for module in readers.outputs if type(module) not in _BATCH_NORMS}
     for norm in [module for module in readers.outputs if type(module) in _BATCH_NORMS and module not in kept]:
         image = readers.sole_input(norm)
         layer = None if image is None else makers.get(id(image))
-        if layer is None or norm.running_mean is None or id(layer.weight) in shared:
+        if layer is None or norm.running_mean is None or (type(layer) is nn.Linear and image.dim() != 2):
             continue
-        if type(layer) is nn.Linear and image.dim() != 2:
+        if any(readers.reads(parameter) != 1 for parameter in layer.parameters()):
             continue
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
         scale = scale if norm.weight is None else scale * norm.weight
@@ -202,7 +221,7 @@ def _fold_batch_norms(network: nn.Module, readers: _Readers, keep: Collection[st
         factor = scale.view(-1, *(1 for _ in layer.weight.shape[1:]))
         layer.weight = Parameter((layer.weight * factor).to(dtype), requires_grad=False)
         layer.bias = Parameter(bias.to(dtype), requires_grad=False)
-        _replace(network, norm, nn.Identity())
+        _replace(network, norm, nn.Identity().eval())
 
 
 def _first_convolution(network: nn.Module, readers: _Readers) -> str | None:
@@ -211,16 +230,6 @@ def _first_convolution(network: nn.Module, readers: _Readers) -> str | None:
         if type(module) in _CONVOLUTIONS and readers.sole_input(module) is readers.images:
             return name
     return None
-
-
-def _weights_used_twice(network: nn.Module) -> set[int]:
-    seen, twice = set(), set()
-    for module in network.modules():
-        for parameter in module._parameters.values():
-            if id(parameter) in seen:
-                twice.add(id(parameter))
-            seen.add(id(parameter))
-    return twice
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from maskops.functional import project_onto_l1_ball, rescale_to_l1_ball
 from maskops.optim import MaskAdam
-from maskops.purify._loop import Purification, Run
-from maskops.purify._options import Auto, check, settle
+from maskops.purify._loop import Purification, Run, Setting
+from maskops.purify._options import Auto, choice, number, settle
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,19 @@ class AWMOptions:
     clamp: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma", "tau", "inner_lr", "lr", "lr_decay", "trigger_penalty"):
-            check("awm", self, name, "a number >= 0", lambda value: value >= 0)
-        for name in ("epochs", "inner_steps", "outer_steps", "batch_size", "lr_decay_epochs"):
-            check("awm", self, name, "at least 1", lambda value: value >= 1)
-        check("awm", self, "alpha", "at most 1", lambda value: value <= 1)
-        check("awm", self, "inner_labels", "'true' or 'predicted'", ("true", "predicted").__contains__)
-        projections = ("rescale", "project", "l2", "none")
-        check("awm", self, "projection", f"one of {', '.join(projections)}", projections.__contains__)
+        number("awm", self, "alpha", float, 0, 1)
+        for name in ("gamma", "inner_lr", "lr", "lr_decay", "trigger_penalty"):
+            number("awm", self, name, float, 0)
+        for name in ("beta", "tau"):
+            number("awm", self, name, float, 0, auto=True)
+        for name in ("epochs", "lr_decay_epochs"):
+            number("awm", self, name, int, 1)
+        for name in ("inner_steps", "outer_steps", "batch_size"):
+            number("awm", self, name, int, 1, auto=True)
+        choice("awm", self, "inner_labels", ("true", "predicted"))
+        choice("awm", self, "projection", ("rescale", "project", "l2", "none"))
+        for name in ("project_every_step", "clamp"):
+            choice("awm", self, name, (True, False))
 
     def for_images(self, images: Tensor) -> AWMOptions:
         """The same options with every ``"auto"`` replaced by what it stands for on these images."""
@@ -99,6 +104,7 @@ PRESETS = {
 """``paper``: Algorithm 1, Appendix A and Table 7. ``official``: the published ``main.py`` with its defaults."""
 
 
+@torch.enable_grad()
 def awm(
     model: nn.Module,
     clean_data: Any,
@@ -115,7 +121,8 @@ def awm(
                 and isn't changed
     clean_data: (images, labels): images (N, C, H, W) float in [0, 1] or uint8, labels (N,); or a map-style Dataset
     preset:     ``"paper"`` or ``"official"``
-    on_epoch:   called after every epoch with its number and the model as it then is, for measurements
+    on_epoch:   called after every epoch with its number and the model as it then is, for measurements: on images in
+                pixel space, which that model normalises itself
     options:    single fields of :class:`AWMOptions` and :class:`maskops.purify.Setting`, such as ``tau=200`` or
                 ``device="cuda"``
     returns:    a :class:`maskops.purify.Purification`; ``.model`` is the purified model
@@ -130,7 +137,7 @@ def awm(
     >>> sorted(result.masks), tuple(result.trigger.shape)
     (['0.mask'], (1, 1, 8, 8))
     """
-    chosen, setting = settle("awm", PRESETS, preset, options)
+    chosen, setting = settle("awm", PRESETS, Setting, preset, options)
     run = Run("awm", model, clean_data, setting)
     chosen = chosen.for_images(run.images)
     alpha, beta, batch_size = chosen.alpha, chosen.beta, chosen.batch_size
