@@ -47,9 +47,12 @@ def report(folder: Path) -> str:
 
 def device_report(rows: list[Row]) -> str:
     """The table of one device."""
-    last = max(rows, key=lambda row: row.date)
-    versions = f"torch {last.torch}" + (f", Triton {last.triton}" if last.triton else "")
-    head = f"**{last.device}**, {last.threads} threads, {versions}, maskops {last.maskops} {last.revision}, {last.date}"
+    threads, torch, triton, maskops, revision, date = (
+        " and ".join(dict.fromkeys(getattr(row, column) or "none" for row in rows))
+        for column in ("threads", "torch", "triton", "maskops", "revision", "date")
+    )
+    head = f"**{rows[0].device}**, threads {threads}, torch {torch}, Triton {triton}, maskops {maskops}"
+    head += f" at revision {revision}, {date}"
     lines = [
         "| network, batch, dtype | step | official ms | best plain ms | maskops ms | official / maskops | floor ms "
         "| saved MB, official | saved MB, maskops |",

@@ -119,9 +119,8 @@ def test_a_rerun_replaces_its_rows_and_no_others(tmp_path):
     kept = [(row.net, row.contestant, row.ms_p50) for row in results.read(first)]
     assert kept == [("resnet18", "official", "10"), ("small_vgg", "official", "5")]
     assert results.write([], tmp_path) is None
-    assert [
-        row.ms_p80 for row in rows() + [results.make_row(*("ops", "", 1, torch.float32, "", ""), (1, 2, 12345.6), CPU)]
-    ] == ["11", "12346"]
+    large = results.make_row("ops", "shape", 1, torch.float32, "eager", "op", (1, 2, 12345.6), CPU)
+    assert (large.ms_p20, large.ms_p80, large.saved_mb) == ("1", "12346", "")
 
 
 def test_results_of_other_columns_are_refused(tmp_path):
@@ -196,16 +195,17 @@ def test_report_is_made_from_the_rows(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results.write(
-        rows()
-        + rows(contestant="maskops", ms_p50="4", saved_mb="0.5")
-        + rows(contestant=awm.AGAIN, ms_p50="4.4", saved_mb="")
-        + rows(contestant="compile", ms_p50="3")
-        + rows(contestant="floor", ms_p50="2.5"),
+        rows(threads="7")
+        + rows(contestant="maskops", ms_p50="4", saved_mb="0.5", threads="2")
+        + rows(contestant=awm.AGAIN, ms_p50="4.4", saved_mb="", threads="2")
+        + rows(contestant="compile", ms_p50="3", threads="2")
+        + rows(contestant="floor", ms_p50="2.5", threads="2"),
         tmp_path,
     )
     assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path), "--check"]) == 1
     assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
     text = readme.read_text()
+    assert "threads 7 and 2," in text and "at revision" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| small_vgg, 4, float32 | inner | 10 | 3 | **4** | 2.50 | 2.5 | 2 | 0.5 |" in text
     assert "`compile` is faster than maskops, 3 against 4 ms" in text

@@ -263,7 +263,7 @@ def test_no_waiting_notices_a_wait():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_contestants_of_the_benchmark_agree(dtype):
     contestants = {name: make for name, make in CONTESTANTS.items() if name != "compile"}
-    outcome = benchmark.run("resnet18", 8, dtype, torch.device("cuda"), 2, 1, contestants)
+    outcome = benchmark.run("resnet18", 32, dtype, torch.device("cuda"), 2, 1, contestants)
     assert not outcome.failed and not outcome.absent
     assert all(float(row.peak_mb) > 0 for row in outcome.rows if row.contestant != benchmark.AGAIN)
 
