@@ -76,7 +76,8 @@ def network(width: int = 16) -> nn.Module:
 def digits_model(seed: int = 0, device: str | torch.device = "cpu", epochs: int = 15) -> nn.Module:
     """A network with a backdoor, in eval mode: of its training images, ``digits(seed)``, 10 % have TRIGGER and TARGET.
 
-    Planted on all of ten seeds: ACC …, asr_all ….
+    Seeds 0 to 4 on a CPU: ACC 97.8 to 99.2 %, asr_all 100 %. With SETTINGS, AWM brings asr_all to 9.2, 14.4, 12.2, 33.6
+    and 9.2 % at ACC 95.2 to 98.0 %: it fails on seed 3.
     """
     (images, labels), _ = digits(seed)
     generator = torch.Generator().manual_seed(seed)

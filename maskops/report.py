@@ -217,7 +217,7 @@ def _draw_losses(panel: SubFigure, history: Mapping[str, Sequence[float]]) -> No
     axes = _axes(panel, "Losses", "epoch", "mean cross entropy")
     for (name, values), (colour, dashes) in zip(history.items(), cycle(_LINES)):
         axes.plot(range(1, len(values) + 1), values, dashes, color=colour, label=name, **_markers(values))
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")  # the inner loss begins orders of magnitude above the others
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -238,10 +238,10 @@ def _draw_trigger(panel: SubFigure, trigger: Tensor) -> None:
     axes = _axes(panel, f"Recovered trigger, ‖Δ‖₁ = {trigger.abs().sum():.1f}")
     largest = max(float(trigger.abs().max()), 1e-6)
     if len(trigger) == 3:
-        axes.imshow((0.5 + trigger / (2 * largest)).permute(1, 2, 0), interpolation="nearest")
+        axes.imshow((0.5 + trigger / (2 * largest)).permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_xlabel(f"grey: unchanged; black and white: {largest:.2g} less or more", fontsize=9)
     else:
-        drawn = axes.imshow(trigger.mean(0), cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
+        drawn = axes.imshow(trigger.mean(0).numpy(), cmap="PuOr", vmin=-largest, vmax=largest, interpolation="nearest")
         bar = panel.colorbar(drawn, ax=axes, shrink=0.85)
         bar.set_label("added to pixels in [0, 1]", fontsize=9)
         bar.ax.tick_params(labelsize=8)
@@ -255,7 +255,7 @@ def _draw_images(panel: SubFigure, images: Tensor, trigger: Tensor) -> None:
     grid = panel.subplots(2, len(images), squeeze=False)
     for axes, image in zip(grid.flat, torch.cat(rows), strict=True):
         image = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
-        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_axis_off()
 
 

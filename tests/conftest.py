@@ -8,7 +8,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from maskops import _dispatch
+from maskops import _dispatch, demo
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def backdoored_digits():
+    """The demo's network with its backdoor, trained once; nobody may change it."""
+    return demo.digits_model()
 
 
 @pytest.fixture(params=_dispatch.BACKENDS)

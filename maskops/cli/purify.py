@@ -88,8 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         def on_epoch(epoch: int, working: nn.Module) -> None:
             if arguments.curves:
-                with torch.autocast(changes["device"].type, changes.get("dtype"), enabled="dtype" in changes):
-                    curves.append(evaluate(working, *evaluation, arguments.trigger, arguments.target))
+                curves.append(evaluate(working, *evaluation, arguments.trigger, arguments.target))
 
         method = _METHODS[arguments.method]
         result = method(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
@@ -163,12 +162,15 @@ def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
     if evaluation[0].shape[1:] != images.shape[1:]:
         shapes = f"{tuple(images.shape[1:])} and {tuple(evaluation[0].shape[1:])}"
         raise ValueError(f"--clean and --eval must hold images of one shape; got {shapes}")
+    count = len(labels) if arguments.n is None else arguments.n
+    if count < 1:
+        raise ValueError(f"--n must be at least 1; got {count}")
     generator = torch.Generator().manual_seed(seed)
     if arguments.one_shot:
         clean = one_shot(images, labels, images.shape[-1], generator, flip=not arguments.no_flip)
         originals = clean[0][: len(labels.unique())]
     else:
-        clean = split(images, labels, arguments.n or len(labels), generator)[0]
+        clean = split(images, labels, count, generator)[0]
         originals = clean[0]
     seen = _count_shared(originals, evaluation[0])
     if seen == len(originals):

@@ -1,0 +1,208 @@
+"""The command line: what it writes and prints, and one line and an exit code for what it can't do."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import maskops
+from maskops import demo
+from maskops.backdoor import evaluate
+from maskops.checkpoint import load_masks, load_state_dict, save_state_dict
+from maskops.cli import main, parser
+
+QUICK = ["--epochs", "1", "--inner-steps", "1", "--outer-steps", "1", "--no-progress", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, backdoored_digits):
+    folder = tmp_path_factory.mktemp("digits")
+    (images, labels), (others, answers) = demo.digits()
+    torch.save({"net": backdoored_digits.state_dict(), "epoch": 15}, folder / "model.pth")
+    np.savez(folder / "digits.npz", x_train=images, y_train=labels, x_test=others, y_test=answers)
+    return folder
+
+
+@pytest.fixture
+def purify(files, tmp_path):
+    """Runs ``purify`` on the digits with these options in place of, or beside, the usual ones."""
+
+    def run(*extra, **changes):
+        options = {
+            "arch": "maskops.demo:network",
+            "checkpoint": files / "model.pth",
+            "clean": f"{files / 'digits.npz'}:train",
+            "eval": f"{files / 'digits.npz'}:test",
+            "trigger": "badnets_square:size=2,margin=0",
+            "target": 0,
+            "n": 100,
+            "out": tmp_path / "out",
+            **changes,
+        }
+        given = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
+        return main(["purify", *given, *QUICK, *extra])
+
+    return run
+
+
+def test_purify_writes_model_masks_numbers_and_a_picture(purify, tmp_path, capsys):
+    assert purify("--curves", "--tau", "7", "--alpha", "0.8") == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("ACC %", "asr_all %", "asr_excl %", "RA %", "DER", "peak memory"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model.safetensors",
+        "masks.safetensors",
+        "result.json",
+        "report.png",
+    }
+    masks, options = load_masks(tmp_path / "out" / "masks.safetensors")
+    assert options["tau"] == 7.0 and options["alpha"] == 0.8 and options["method"] == "awm"
+    model = demo.network()
+    state = load_state_dict(tmp_path / "out" / "model.safetensors")
+    model.load_state_dict(state)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    _, test = demo.digits()
+    after = evaluate(model.eval(), *test, demo.TRIGGER, demo.TARGET)
+    assert result["after"]["asr_all"] == pytest.approx(after.asr_all) and len(masks) == 4
+
+
+def test_purify_without_a_trigger_measures_accuracy_alone(purify, capsys):
+    assert purify(trigger=None, target=None) == 0
+    printed = capsys.readouterr().out
+    assert "ACC %" in printed and "asr_all" not in printed and "DER" not in printed
+
+
+def test_purify_from_one_image_of_each_class(purify, tmp_path):
+    assert purify("--one-shot", "--no-flip", n=None) == 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["options"]["batch_size"] == 32
+
+
+def test_every_option_of_the_method_and_the_setting_can_be_given(purify, tmp_path):
+    options = "--preset official --beta 0.3 --gamma 1e-6 --batch-size 8 --inner-lr 5 --lr 0.02 --lr-decay 0.5"
+    options += " --lr-decay-epochs 2 --inner-labels true --projection project --project-every-step"
+    options += " --trigger-penalty 0.1 --no-clamp --mean 0.5 --std 0.5 --layers conv,linear --include * --exclude 0,3"
+    options += " --granularity neuron --branches concatenated --seed 3"
+    assert purify(*options.split()) == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())["options"]
+    expected = {"beta": 0.3, "projection": "project", "clamp": False, "mean": [0.5], "granularity": "neuron", "seed": 3}
+    assert {name: found[name] for name in expected} == expected
+    assert found["layers"] == ["conv", "linear"] and found["exclude"] == ["0", "3"]
+
+
+def broken(folder: Path, name: str) -> str:
+    path = folder / name
+    if name == "truncated.pth":
+        path.write_bytes(b"PK\x03\x04")
+    if name == "other.pth":
+        torch.save(nn.Linear(2, 2).state_dict(), path)
+    if name == "bomb.pth":
+        torch.save({"net": Bomb()}, path)
+    return str(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch bomb-went-off",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arch": "vgg_small"}, "small_vgg, resnet18"),
+        ({"arch": "maskops.demo:nothing"}, "nothing"),
+        ({"checkpoint": "missing.pth"}, "missing.pth"),
+        ({"checkpoint": "truncated.pth"}, "truncated.pth"),
+        ({"checkpoint": "bomb.pth"}, "bomb.pth"),
+        ({"checkpoint": "other.pth"}, "doesn't fit the architecture maskops.demo:network: it lacks 0.weight"),
+        ({"clean": "missing.npz"}, "missing.npz"),
+        ({"n": 0}, "0"),
+        ({"n": 100000}, "1297"),
+        ({"trigger": None}, "--trigger and --target belong together"),
+        ({"tau": -1}, "tau must be a number of at least 0 or 'auto'; got -1.0"),
+        ({"dtype": "int8"}, "int8"),
+        ({"mean": 0.5}, "--mean and --std belong together"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(purify, tmp_path, capsys, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("truncated.pth", "other.pth", "bomb.pth"):
+        broken(tmp_path, name)
+    try:
+        code = purify(**changes)
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and words in captured.err, captured.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "bomb-went-off").exists()
+
+
+def test_clean_images_to_measure_on_are_refused(purify, files, capsys):
+    assert purify(eval=f"{files / 'digits.npz'}:train") == 2
+    assert "measure on others" in capsys.readouterr().err
+
+
+def test_a_folder_with_results_is_kept_unless_told_otherwise(purify, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("precious")
+    assert purify() == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
+    assert purify("--overwrite") == 0
+    assert len(load_state_dict(tmp_path / "out" / "model.safetensors")) > 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (maskops.purify.NonFiniteError("awm: the inner loss became nan"), 1, "became nan"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+    ],
+)
+def test_a_run_that_fails_writes_nothing(purify, tmp_path, capsys, monkeypatch, raised, code, words):
+    def fail(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setitem(__import__("maskops.cli.purify", fromlist=["_METHODS"])._METHODS, "awm", fail)
+    assert purify() == code
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_is_a_fact_a_line(capsys, monkeypatch):
+    monkeypatch.delenv("MASKOPS_BACKEND", raising=False)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["maskops", maskops.__version__]
+    assert any(line.startswith("backend   reference: ") for line in lines)
+
+
+def test_the_version_and_help_are_there(capsys):
+    for option in ("--version", "--help"):
+        with pytest.raises(SystemExit, match="0"):
+            main([option])
+    assert maskops.__version__ in capsys.readouterr().out
+    assert parser().format_help().count("purify") >= 1
+
+
+def test_the_state_dict_of_safetensors_serves_too(purify, files, tmp_path, backdoored_digits):
+    save_state_dict(tmp_path / "model.safetensors", backdoored_digits.state_dict())
+    assert purify(checkpoint=tmp_path / "model.safetensors") == 0
+
+
+@pytest.mark.skipif("MASKOPS_BENCH" not in os.environ, reason="MASKOPS_BENCH names no folder of published models")
+@pytest.mark.parametrize(("name", "target"), [("badnets_8", 8), ("trojan_sq_2", 2), ("l2_inv_0", 0)])
+def test_published_models_run(tmp_path, name, target):
+    folder = Path(os.environ["MASKOPS_BENCH"])
+    images = folder / "cifar10_original.npz"
+    trigger = "badnets_square" if name == "badnets_8" else f"additive:{folder / name.rpartition('_')[0]}.png"
+    options = f"--arch small_vgg --checkpoint {folder}/vgg_cifar10_{name}.pth --clean {images}:train --n 100"
+    options += f" --eval {images}:test --trigger {trigger} --target {target} --out {tmp_path / 'out'}"
+    assert main(["purify", *options.split(), *QUICK]) == 0
+    before = json.loads((tmp_path / "out" / "result.json").read_text())["before"]
+    assert before["acc"] > 0.84 and before["asr_all"] > 0.98
