@@ -43,6 +43,9 @@ class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
     plain torch after an in-place elu; relu6's and hardtanh's gradient passes at NaN, where plain torch's CPU kernel
     stops it in whole vectors only.
 
+    relu_bits: False keeps the outputs of relu, relu6 and hardtanh instead of bits. That is faster, and costs nothing
+    where the next layer saves its input, this very output, anyway: where its weight is learned.
+
     Plain torch serves everything else: other ops (a linear layer with a frozen weight saves nothing anyway; gelu and
     layer_norm need the input that they save), a layer whose weight or bias requires grad, training mode, an input that
     doesn't require grad, ``no_grad``, pooling windows of more than 256 places, ``return_indices``, an ``upper`` that is
@@ -64,9 +67,13 @@ class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
     768
     """
 
+    def __init__(self, relu_bits: bool = True) -> None:
+        super().__init__()
+        self._lean = _LEAN if relu_bits else _LEAN_WITHOUT_BITS
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        lean = _LEAN.get(func)
+        lean = self._lean.get(func)
         if lean is not None and _worthwhile(args[0] if args else kwargs.get("input")):
             output = lean(func, *args, **kwargs)
             if output is not None:
@@ -332,12 +339,14 @@ def _any_conv(plain, input, weight, bias, arguments, geometry):
     return _ShapeOnly.apply(input, bias, forward, backward, weight)
 
 
-_LEAN: dict[Any, Callable[..., Tensor | None]] = {
+_BITS: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
     F.relu6: partial(_relu, upper=6.0),
     F.hardtanh: _hardtanh,
     F.hardtanh_: partial(_hardtanh, inplace=True),
+}
+_LEAN_WITHOUT_BITS: dict[Any, Callable[..., Tensor | None]] = {
     F.elu: _elu,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
     F.avg_pool2d: _avg_pool2d,
@@ -346,3 +355,4 @@ _LEAN: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _conv_transpose),
 }
+_LEAN = {**_BITS, **_LEAN_WITHOUT_BITS}

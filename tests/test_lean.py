@@ -418,3 +418,11 @@ def test_saved_bytes_counts_each_storage_once():
     assert saved_bytes(lambda: x + w) == 0
     with torch.no_grad():
         assert saved_bytes(lambda: x * w) == 0
+
+
+def test_without_bits_relu_keeps_its_output_alone():
+    x = torch.randn(4, 8, requires_grad=True)
+    with lean_autograd(relu_bits=False):
+        assert saved_bytes(lambda: F.relu(x).relu()) == 2 * x.nbytes
+    with lean_autograd():
+        assert saved_bytes(lambda: F.relu(x).relu()) == 2 * x.numel() // 8

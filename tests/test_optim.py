@@ -208,3 +208,25 @@ def test_gradients_of_sixteen_bits_are_multiplied_in_the_masks_precision():
     arena.grad.fill_(1e-5)
     MaskSGD(arena, lr=1e6, lower=-1.0).step()
     assert (arena.masks["a"] < 1).all()
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_large_arena_takes_the_steps_of_a_small_one(kind):
+    """Flat arenas are stepped in pieces on the CPU; masks of other shapes are stepped at once."""
+    weights = {name: torch.randn(500, 700) for name in "ab"}
+    masks = {name: torch.rand(500, 700) for name in "ab"}
+    lower = {"a": 0.25, "b": 0.5}
+    arena = MaskArena(weights, masks)
+    separate = {name: nn.Parameter(mask.clone()) for name, mask in masks.items()}
+    flat = make(kind, arena, l1=0.1, lower=arena.per_mask(lower))
+    plain = make(kind, [{"params": [separate[name]], "lower": lower[name]} for name in "ab"], l1=0.1)
+    for _ in range(2):
+        gradients = {name: torch.randn(500, 700) for name in "ab"}
+        for name, weight in arena.effective_weights.items():
+            weight.grad.copy_(gradients[name])
+            separate[name].grad = gradients[name] * weights[name]
+        flat.step()
+        plain.step()
+    for name, mask in separate.items():
+        assert torch.equal(arena.masks[name], mask.detach())
+        assert torch.equal(arena.effective_weights[name].detach(), weights[name] * mask.detach())

@@ -170,6 +170,7 @@ class Run:
         self._set_masks(self.arena.masks)
         for name, owner in self._owners.items():
             working[name].weight = self.arena.effective_weights[owner]
+        self._learn(True)
         self._check_labels()
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
@@ -193,7 +194,8 @@ class Run:
 
     def logits(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The working model's logits of images in pixel space, plus a trigger."""
-        with lean_autograd():
+        # layers whose masks are learned save their inputs, which are outputs of ReLUs: bits would come on top
+        with lean_autograd(relu_bits=not self._learning):
             return self.model(images, trigger)
 
     @torch.no_grad()
@@ -213,13 +215,16 @@ class Run:
     @contextmanager
     def frozen_masks(self) -> Iterator[None]:
         """Within, no gradient of a mask is computed."""
-        for weight in self.arena.effective_weights.values():
-            weight.requires_grad_(False)
+        self._learn(False)
         try:
             yield
         finally:
-            for weight in self.arena.effective_weights.values():
-                weight.requires_grad_(True)
+            self._learn(True)
+
+    def _learn(self, learning: bool) -> None:
+        self._learning = learning
+        for weight in self.arena.effective_weights.values():
+            weight.requires_grad_(learning)
 
     def descend(self, *branches: tuple[float, Tensor, Tensor]) -> list[Tensor]:
         """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.

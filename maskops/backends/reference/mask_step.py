@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_BLOCK = 1 << 17
+"""Elements of a flat arena that a step on the CPU takes at a time: what it makes on the way then stays in the cache."""
 
 
 def mask_adam_step_(
@@ -13,23 +18,35 @@ def mask_adam_step_(
 
     ``step`` counts on the device, so that the step can be captured in a CUDA graph: exactly, up to 2**24 in float32.
     """
-    grad = _mask_grad(mask, grad, weight, l1)
     step += 1
     count = step.double()
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**count).sqrt()).add_(eps)
-    mask.sub_(exp_avg / denominator * (lr / (1 - beta1**count)))
-    _clip_and_apply(mask, weight, effective, lower, upper)
+    step_size, correction = lr / (1 - beta1**count), (1 - beta2**count).sqrt()
+    for m, g, w, e, first, second, low in _blocks(mask, grad, weight, effective, exp_avg, exp_avg_sq, lower):
+        g = _mask_grad(m, g, w, l1)
+        first.lerp_(g, 1 - beta1)
+        second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        m.sub_(first / second.sqrt().div_(correction).add_(eps) * step_size)
+        _clip_and_apply(m, w, e, low, upper)
 
 
 def mask_sgd_step_(mask, grad, weight, effective, momentum_buffer, lr, momentum, l1, lower, upper) -> None:
     """SGD with momentum on ``grad * weight + l1 * sign(mask)``, then clip and effective weight."""
-    grad = _mask_grad(mask, grad, weight, l1)
-    if momentum_buffer is not None:
-        grad = momentum_buffer.mul_(momentum).add_(grad)
-    mask.sub_(grad * lr)
-    _clip_and_apply(mask, weight, effective, lower, upper)
+    for m, g, w, e, buffer, low in _blocks(mask, grad, weight, effective, momentum_buffer, lower):
+        g = _mask_grad(m, g, w, l1)
+        if buffer is not None:
+            g = buffer.mul_(momentum).add_(g)
+        m.sub_(g * lr)
+        _clip_and_apply(m, w, e, low, upper)
+
+
+def _blocks(mask: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Flat tensors on the CPU in pieces of _BLOCK elements, with the Nones and numbers for each; others as they are."""
+    if mask.dim() != 1 or mask.device.type != "cpu" or mask.numel() <= _BLOCK:
+        yield mask, *others
+        return
+    count = -(-mask.numel() // _BLOCK)
+    pieces = [[t] * count if t is None or t.dim() == 0 else t.split(_BLOCK) for t in (mask, *others)]
+    yield from zip(*pieces, strict=True)
 
 
 def _mask_grad(mask: Tensor, grad: Tensor, weight: Tensor | None, l1: float) -> Tensor:
