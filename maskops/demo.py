@@ -146,7 +146,7 @@ def run(folder: str | os.PathLike, device: str | torch.device = "cpu", seed: int
     print(f"\n{_LEGEND}\n")
     print(f"   {_verdict(before, after)}")
     print(f"   The purification took {report.cost(result)}; all of it {time.perf_counter() - start:.1f} s.\n")
-    print(f"In {Path(folder)}:\n{_FILES}" if no_picture is None else f"In {Path(folder)} ({no_picture}):\n{_FILES}")
+    print(f"In {Path(folder).resolve()}{f' ({no_picture})' if no_picture else ''}:\n{_FILES}")
     return after
 
 
