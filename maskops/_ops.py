@@ -38,10 +38,10 @@ _SCHEMAS = (
     "rescale_to_l1_ball(Tensor input, float radius) -> Tensor",
     "project_onto_l1_ball(Tensor input, float radius) -> Tensor",
     "mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
-    "Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float l1, Tensor lower, "
-    "float upper) -> ()",
+    "Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float l1, float toward, "
+    "Tensor lower, float upper) -> ()",
     "mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!)? momentum_buffer, "
-    "Tensor lr, float momentum, float l1, Tensor lower, float upper) -> ()",
+    "Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper) -> ()",
     "relu_bits(Tensor input, float upper) -> (Tensor, Tensor)",
     "relu_bits_(Tensor(a!) input, float upper) -> Tensor",
     "relu_bits_backward(Tensor grad, Tensor bits) -> Tensor",

@@ -1,4 +1,4 @@
-"""The flat buffers of one run: θ, m, effective weights and their gradients, of which the layers' tensors are views."""
+"""The flat buffers of one run: θ, m, δ, effective weights and gradients, of which the layers' tensors are views."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ class MaskArena:
     A layer that computes with ``effective_weights[name]``, a leaf of the graph, needs nothing of masks: its gradient
     accumulates in the arena, and the mask step of :class:`maskops.optim.MaskAdam` or :class:`maskops.optim.MaskSGD`,
     one launch over the buffers, turns it into new masks and new effective weights.
+
+    Noise δ on the masks is the adversary's: it is there from the first :meth:`draw_noise` on, and the effective weights
+    have it in them between :meth:`perturb` and the next :meth:`refresh`. Both branches of a loss thus use one buffer,
+    one after the other, and their gradients add up in it.
 
     weights: name -> θ of any shape, all of one dtype and device; 4-D and 5-D weights are kept in channels_last order
     masks:   name -> m, broadcastable to its weight; their values are copied, their dtypes promoted to one
@@ -53,13 +57,42 @@ class MaskArena:
         self.effective_weights = {name: Parameter(view) for name, view in effective_views.items()}
         for name, grad in grads.items():
             self.effective_weights[name].grad = grad
+        self.noise: Tensor | None = None
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Effective weights from weights and masks; the mask step does this by itself."""
+        """Effective weights ``weight * mask``; the mask step does this by itself."""
+        self._write_effective(None)
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Effective weights ``weight * (mask + noise)``."""
+        self._write_effective(self.noise)
+
+    def _write_effective(self, noise: Tensor | None) -> None:
+        if self._elementwise:
+            self.effective.copy_(_ops.effective_weight(self.weight, self.mask, noise, self.effective.dtype))
+            return
+        noises = dict.fromkeys(self.masks) if noise is None else _views(noise, self.masks)
         for name, effective in self.effective_weights.items():
-            effective.copy_(_ops.effective_weight(self.weights[name], self.masks[name], None, effective.dtype))
+            arguments = self.weights[name], self.masks[name], noises[name], effective.dtype
+            effective.copy_(_ops.effective_weight(*arguments))
+
+    @torch.no_grad()
+    def draw_noise(self, bound: float, generator: torch.Generator) -> None:
+        """Noise, uniform in [-bound, bound], from a generator on the masks' device."""
+        if self.noise is None:
+            self.noise = torch.empty_like(self.mask, requires_grad=False)
+        self.noise.uniform_(-bound, bound, generator=generator)
+
+    @torch.no_grad()
+    def ascend_noise(self, step_size: float, bound: float | None) -> None:
+        """``noise + step_size * sign(gradient)``, into [-bound, bound] unless that is None; gradients are then zero."""
+        self.noise.add_(self.mask_grad().sign_(), alpha=step_size)
+        if bound is not None:
+            self.noise.clamp_(-bound, bound)
+        self.grad.zero_()
 
     def per_mask(self, values: Mapping[str, float]) -> Tensor:
         """One number per layer as a tensor that broadcasts to the flat masks, such as NFT's lower bounds μ(l)."""
@@ -72,13 +105,19 @@ class MaskArena:
         """What a mask step works on: masks and gradient; θ and effective weight too where the masks have its shape."""
         if self._elementwise:
             return self.mask, self.grad, self.weight, self.effective
-        grad = torch.zeros_like(self.mask)
-        for name, view in _views(grad, self.masks).items():
+        return self.mask, self.mask_grad(), None, None
+
+    def mask_grad(self) -> Tensor:
+        """The gradient of the flat masks, and of the noise: ``grad * weight``, reduced to the masks' shapes."""
+        if self._elementwise:
+            return self.grad.to(self.mask.dtype) * self.weight
+        flat = torch.zeros_like(self.mask, requires_grad=False)
+        for name, view in _views(flat, self.masks).items():
             needs = [False, True, False]
             effective_grad = self.effective_weights[name].grad
             arguments = (effective_grad, self.weights[name], self.masks[name], None, needs)
             view.copy_(_ops.effective_weight_backward(*arguments)[0])
-        return self.mask, grad, None, None
+        return flat
 
     def finish_step(self) -> None:
         """After a mask step: effective weights that the step didn't write, and gradients of zero."""

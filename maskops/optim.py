@@ -67,12 +67,12 @@ def _number(value: float | Tensor) -> Tensor:
 class MaskAdam(_MaskOptimizer):
     """Adam on masks, with the L1 subgradient inside and the masks clipped after every step.
 
-        g = dL/dm + l1 * sign(m);  m <- clip(m - lr * m̂1 / (sqrt(m̂2) + eps), lower, upper)
+        g = dL/dm + l1 * sign(m - toward);  m <- clip(m - lr * m̂1 / (sqrt(m̂2) + eps), lower, upper)
 
     masks:      an iterable of masks or parameter groups, as torch's optimisers take them, or a :class:`MaskArena`,
                 whose effective weights are then written in the same op
     lr, betas, eps: as in :class:`torch.optim.Adam`; lr may be a 0-d tensor
-    l1:         γ, the weight of sum|m| in the loss; the sum itself must then not be added to the loss
+    l1, toward: γ, the weight of sum|m - toward| in the loss; the sum itself must then not be added to the loss
     lower, upper: bounds of the masks; lower may be a tensor that broadcasts to each mask of its group
     capturable: keep the step count on the masks' device, so that a step can be captured in a CUDA graph; give lr as a
                 tensor on that device when it changes, and lower too
@@ -96,13 +96,14 @@ class MaskAdam(_MaskOptimizer):
         eps: float = 1e-8,
         *,
         l1: float = 0.0,
+        toward: float = 0.0,
         lower: float | Tensor = 0.0,
         upper: float = 1.0,
         capturable: bool = False,
     ) -> None:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"MaskAdam: betas must be in [0, 1); got {betas}")
-        options = {"lr": lr, "betas": betas, "eps": eps, "l1": l1, "lower": lower, "upper": upper}
+        options = {"lr": lr, "betas": betas, "eps": eps, "l1": l1, "toward": toward, "lower": lower, "upper": upper}
         super().__init__(masks, {**options, "capturable": capturable})
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
@@ -114,7 +115,7 @@ class MaskAdam(_MaskOptimizer):
             state["exp_avg_sq"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
         _ops.mask_adam_step_(
             *(mask, grad, weight, effective, state["exp_avg"], state["exp_avg_sq"], state["step"]),
-            *(_number(group["lr"]), *group["betas"], group["eps"], group["l1"]),
+            *(_number(group["lr"]), *group["betas"], group["eps"], group["l1"], group["toward"]),
             *(_number(group["lower"]), group["upper"]),
         )
 
@@ -122,7 +123,7 @@ class MaskAdam(_MaskOptimizer):
 class MaskSGD(_MaskOptimizer):
     """SGD with momentum on masks, with the L1 subgradient inside and the masks clipped after every step.
 
-        g = dL/dm + l1 * sign(m);  v <- momentum * v + g;  m <- clip(m - lr * v, lower, upper)
+        g = dL/dm + l1 * sign(m - toward);  v <- momentum * v + g;  m <- clip(m - lr * v, lower, upper)
 
     momentum: 0 for plain gradient steps, which keep no state
     all else: as in :class:`MaskAdam`
@@ -143,12 +144,14 @@ class MaskSGD(_MaskOptimizer):
         momentum: float = 0.0,
         *,
         l1: float = 0.0,
+        toward: float = 0.0,
         lower: float | Tensor = 0.0,
         upper: float = 1.0,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"MaskSGD: momentum must be in [0, 1); got {momentum}")
-        super().__init__(masks, {"lr": lr, "momentum": momentum, "l1": l1, "lower": lower, "upper": upper})
+        options = {"lr": lr, "momentum": momentum, "l1": l1, "toward": toward, "lower": lower, "upper": upper}
+        super().__init__(masks, options)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         buffer = None
@@ -158,6 +161,6 @@ class MaskSGD(_MaskOptimizer):
                 state["momentum_buffer"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
             buffer = state["momentum_buffer"]
         _ops.mask_sgd_step_(
-            *(mask, grad, weight, effective, buffer, _number(group["lr"]), group["momentum"], group["l1"]),
-            *(_number(group["lower"]), group["upper"]),
+            *(mask, grad, weight, effective, buffer, _number(group["lr"]), group["momentum"]),
+            *(group["l1"], group["toward"], _number(group["lower"]), group["upper"]),
         )

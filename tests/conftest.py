@@ -34,6 +34,12 @@ def backdoored_digits():
     return demo.digits_model()
 
 
+@pytest.fixture
+def clean_data():
+    """Images and labels for helpers.tiny_network."""
+    return torch.rand(20, 2, 8, 8), torch.randint(3, (20,))
+
+
 @pytest.fixture(params=_dispatch.BACKENDS)
 def backend(request):
     """Each backend that is there; the others are skipped with their reason."""

@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,3 +136,36 @@ class Calls(TorchDispatchMode):
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
     return largest(value - expected) / max(largest(expected), 1e-300)
+
+
+def tiny_network(channels=2, classes=3):
+    """Convolutions with and without bias and batch norm, a residual, strides and a linear layer, in float64."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return F.relu(x + self.bn(self.conv(x)))
+
+    net = nn.Sequential(
+        nn.Conv2d(channels, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ELU(inplace=True),
+        Block(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return net.double().train()

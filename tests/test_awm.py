@@ -8,48 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_network
 from torch import nn
 
 import maskops
 from maskops.purify import NonFiniteError, awm
-
-
-def tiny_network(channels=2, classes=3):
-    """Convolutions with and without bias and batch norm, a residual, strides and a linear layer, in float64."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-            self.bn = nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            return F.relu(x + self.bn(self.conv(x)))
-
-    net = nn.Sequential(
-        nn.Conv2d(channels, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ELU(inplace=True),
-        Block(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(4, 6, 3, stride=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, classes),
-    )
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-    return net.double().train()
-
-
-@pytest.fixture
-def clean_data():
-    return torch.rand(20, 2, 8, 8), torch.randint(3, (20,))
 
 
 def published(model, images, labels, *, epochs, steps, batch, tau, alpha, gamma, lr, clamp, predicted, seed):
@@ -281,8 +244,8 @@ def test_a_loss_that_is_no_number_stops_with_one_line(clean_data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "fast"}, "awm: preset must be one of paper, official; got 'fast'"),
-        ({"preset": ["paper"]}, "awm: preset must be one of paper, official; got ['paper']"),
+        ({"preset": "fast"}, "awm: preset must be one of paper, official, swm_atr; got 'fast'"),
+        ({"preset": ["paper"]}, "awm: preset must be one of paper, official, swm_atr; got ['paper']"),
         ({"alpha": 1.5}, "awm: alpha must be a number from 0 to 1; got 1.5"),
         ({"tau": -1.0}, "awm: tau must be a number of at least 0 or 'auto'; got -1.0"),
         ({"tau": "big"}, "awm: tau must be a number of at least 0 or 'auto'; got 'big'"),
@@ -294,7 +257,7 @@ def test_a_loss_that_is_no_number_stops_with_one_line(clean_data):
         ({"projection": "l3"}, "awm: projection must be one of rescale, project, l2, none; got 'l3'"),
         ({"clamp": "no"}, "awm: clamp must be one of True, False; got 'no'"),
         ({"seed": -1}, "purify: seed must be a whole number of at least 0; got -1"),
-        ({"branches": "both"}, "purify: branches must be one of auto, sequential, concatenated; got 'both'"),
+        ({"branches": "both"}, "awm: branches must be one of auto, sequential, concatenated; got 'both'"),
         ({"granularity": "row"}, "purify: granularity must be one of weight, kernel, neuron; got 'row'"),
         ({"mean": (0.5,), "std": (0.5,)}, "awm: mean and std must have 2 values, one per channel; got (0.5,)"),
         ({"mean": (0.5, 0.5)}, "purify: mean and std must be given together"),
@@ -439,9 +402,20 @@ def test_the_model_given_to_on_epoch_stays_in_eval_mode_and_computes_in_the_runs
         assert all(torch.equal(mask, measured.masks[name]) for name, mask in plain.masks.items())
 
 
-def test_sixteen_bit_masks_on_norms_are_refused(clean_data):
-    with pytest.raises(TypeError, match=r"^awm: dtype torch.bfloat16 is for masks on convolutions and linear layers"):
-        awm(tiny_network().float(), clean_data, layers="norm", dtype=torch.bfloat16, progress=False)
+def test_norm_masks_stay_wide_under_sixteen_bit_activations(clean_data):
+    model = tiny_network().float()
+    exact = awm(model, clean_data, layers="norm", epochs=2, progress=False)
+    coarse = awm(model, clean_data, layers="norm", epochs=2, dtype=torch.bfloat16, progress=False)
+    for name, mask in exact.masks.items():
+        assert coarse.masks[name].dtype == torch.float32
+        torch.testing.assert_close(coarse.masks[name], mask, rtol=0, atol=0.2)
+
+
+def test_without_the_l1_term_it_is_the_ablation(clean_data):
+    model = tiny_network()
+    ablation = awm(model, clean_data, preset="swm_atr", epochs=2, progress=False)
+    full = awm(model, clean_data, gamma=0.0, epochs=2, progress=False)
+    assert all(torch.equal(mask, full.masks[name]) for name, mask in ablation.masks.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

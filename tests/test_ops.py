@@ -27,7 +27,7 @@ def op_arguments():
     x, two, grad = rand(2, 4, 5, 5), rand(2, 4, 5, 5), rand(2, 6, 3, 3)
     conv, transposed, linear = (6, 2, 3, 3), (4, 3, 3, 3), (3, 4)
     one, rows, lr = torch.ones((), device=DEVICE), rand(5, 4), torch.tensor(0.1, device=DEVICE)
-    adam = (0.9, 0.999, 1e-8, 0.01, torch.zeros((), device=DEVICE), 1.0)
+    adam = (0.9, 0.999, 1e-8, 0.01, 1.0, torch.zeros((), device=DEVICE), 1.0)
     images, pool = rand(1, 2, 6, 6), ([2, 2], [2, 2], [0, 0], [1, 1])
     return {
         "effective_weight": [(*layer(linear), torch.float32), (*layer(linear, noise=False), torch.bfloat16)],
@@ -74,8 +74,8 @@ def op_arguments():
             (rand(3, 4), rand(3, 4), None, None, rand(3, 4), rand(3, 4).abs(), one, lr, *adam),
         ],
         "mask_sgd_step_": [
-            (rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), lr, 0.9, 0.01, 0 * one, 1.0),
-            (rand(3, 4), rand(3, 4), None, None, None, lr, 0.0, 0.0, 0 * one, 1.0),
+            (rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), lr, 0.9, 0.01, 1.0, 0 * one, 1.0),
+            (rand(3, 4), rand(3, 4), None, None, None, lr, 0.0, 0.0, 0.0, 0 * one, 1.0),
         ],
         "relu_bits": [(images, math.inf), (images, 6.0)],
         "relu_bits_": [(images.clone(), math.inf)],

@@ -45,6 +45,58 @@ def test_steps_equal_torch_then_clip(kind, l1, dtype):
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_the_l1_term_may_pull_toward_one(kind):
+    ours = [nn.Parameter(torch.tensor([0.2, 0.7, 1.0]))]
+    theirs = [nn.Parameter(ours[0].detach().clone())]
+    optimizer, plain = make(kind, ours, l1=0.1, toward=1.0), make_torch(kind, theirs)
+    for _ in range(5):
+        gradient = torch.randn(3)
+        ours[0].grad = gradient.clone()
+        plain.zero_grad()
+        ((gradient * theirs[0]).sum() + 0.1 * (1 - theirs[0]).abs().sum()).backward()
+        optimizer.step()
+        plain.step()
+        clip_mask_(theirs[0])
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shapes", ["weight", "neuron"])
+def test_noise_in_the_arena_climbs_by_its_gradients_sign(shapes):
+    weights = {"conv": torch.randn(4, 3, 3, 3), "linear": torch.randn(2, 5)}
+    sizes = {"conv": (4, 1, 1, 1), "linear": (2, 1)}
+    masks = {
+        name: torch.rand(sizes[name] if shapes == "neuron" else weight.shape) for name, weight in weights.items()
+    }
+    arena = MaskArena(weights, masks)
+    arena.draw_noise(0.3, torch.Generator().manual_seed(0))
+    arena.draw_noise(0.3, torch.Generator().manual_seed(1))
+    start = arena.noise.clone()
+    assert start.abs().max() <= 0.3 and start.unique().numel() > 5
+    arena.perturb()
+    factors = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    noises = {}
+    for name, weight in weights.items():
+        noise = (arena.effective_weights[name].detach() / weight - masks[name]).sum_to_size(masks[name].shape)
+        noises[name] = noise / (weight.numel() / masks[name].numel())
+    sum((factors[name] * weight).sum() for name, weight in arena.effective_weights.items()).backward()
+    arena.ascend_noise(0.4, 0.5)
+    assert arena.noise.abs().max() == 0.5 and not arena.grad.any()
+    arena.perturb()
+    for name, weight in weights.items():
+        gradient = (factors[name] * weight).sum_to_size(masks[name].shape)
+        noise = (noises[name] + 0.4 * gradient.sign()).clamp(-0.5, 0.5)
+        expected = weight * (masks[name] + noise)
+        torch.testing.assert_close(arena.effective_weights[name].detach(), expected, rtol=1e-4, atol=1e-4)
+    arena.refresh()
+    for name, weight in weights.items():
+        assert torch.equal(arena.effective_weights[name].detach(), weight * masks[name])
+    arena.draw_noise(0.3, torch.Generator().manual_seed(1))
+    assert torch.equal(arena.noise, start)
+    arena.ascend_noise(0.4, None)  # no gradient, no step
+    assert torch.equal(arena.noise, start)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_a_step_over_the_arena_equals_separate_masks(kind):
     weights = {name: torch.randn(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     masks = dict(zip(SHAPES, random_masks(), strict=True))

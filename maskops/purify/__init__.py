@@ -1,6 +1,25 @@
 """Purification: the papers' loops. They see the model and clean images, never a real trigger."""
 
-from maskops.purify._loop import NonFiniteError, Purification, Setting
+from maskops.purify._loop import NonFiniteError, Purification
+from maskops.purify._pruning import prune
+from maskops.purify._setting import MaskSetting, Setting
+from maskops.purify.anp import ANPOptions, anp
 from maskops.purify.awm import AWMOptions, awm
+from maskops.purify.nft import NFTOptions, nft
+from maskops.purify.swm import SWMOptions, swm
 
-__all__ = ["AWMOptions", "NonFiniteError", "Purification", "Setting", "awm"]
+__all__ = [
+    "ANPOptions",
+    "AWMOptions",
+    "MaskSetting",
+    "NFTOptions",
+    "NonFiniteError",
+    "Purification",
+    "SWMOptions",
+    "Setting",
+    "anp",
+    "awm",
+    "nft",
+    "prune",
+    "swm",
+]

@@ -6,23 +6,20 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import Parameter
 
-from maskops.arena import MaskArena
-from maskops.convert import fold_, mask_, masked_layers, masks
+from maskops.augment import random_crop, random_flip
 from maskops.data import as_tensors
-from maskops.lean import lean_autograd
-from maskops.nn import GRANULARITIES, NORMS
-from maskops.purify._options import choice, number
-from maskops.purify._working import WorkingModel, shared_copy
+from maskops.purify._setting import Setting
+from maskops.purify._working import PixelModel
+
+OnEpoch = Callable[[int, nn.Module], None]
 
 
 class NonFiniteError(RuntimeError):
@@ -35,11 +32,13 @@ class Purification:
 
     model:   the purified model, of the user's class and in the user's mode (train or eval): plain layers with the masks
              folded in, or masked layers if that was asked for. It shares no tensor with the user's
-    masks:   name -> mask on the CPU, such as ``"conv1.mask"``
-    trigger: the last trigger that the inner maximisation found, (1, C, H, W) in pixel units; None for methods without
+    masks:   name -> mask on the CPU, such as ``"conv1.mask"``; empty for methods that change weights otherwise
+    trigger: the last trigger that an inner maximisation found, (1, C, H, W) in pixel units; None for methods without
     history: name -> one number per epoch
     timings: seconds of each phase and in total; ``peak_bytes`` of memory on the GPU, or else of the whole process
     options: all settings of the run, as values that JSON knows
+    scores:  name -> what a mask was before it was pruned to zeros and ones, for :func:`maskops.purify.prune`; None for
+             methods that don't prune
     """
 
     model: nn.Module
@@ -48,63 +47,11 @@ class Purification:
     history: dict[str, list[float]]
     timings: dict[str, float]
     options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and on what a run works; the same for every method.
-
-    device:    None for the model's
-    dtype:     None for the model's own; torch.bfloat16 for 16-bit activations and effective weights under wider masks
-    mean, std: per channel, what the model expects its images to be normalised by; None for models on pixels in [0, 1]
-    layers, include, exclude, granularity: what is masked, as in :func:`maskops.mask_`
-    branches:  ``"sequential"`` (half the activations) or ``"concatenated"`` (fewer, larger launches) for losses with
-               two branches; ``"auto"`` is sequential on the CPU and concatenated on a GPU
-    folded:    return plain layers with the masks folded in; otherwise masked layers
-    seed:      of everything that a run draws
-    progress:  show a progress bar
-    """
-
-    device: str | torch.device | None = None
-    dtype: torch.dtype | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    layers: str | Sequence[str] = "conv"
-    include: str | Sequence[str] = "*"
-    exclude: str | Sequence[str] = ()
-    granularity: str = "weight"
-    branches: str = "auto"
-    folded: bool = True
-    seed: int = 0
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        number("purify", self, "seed", int, 0)
-        choice("purify", self, "granularity", GRANULARITIES)
-        choice("purify", self, "branches", ("auto", "sequential", "concatenated"))
-        for name in ("folded", "progress"):
-            choice("purify", self, name, (True, False))
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None:
-                object.__setattr__(self, name, _channel_values(name, values))
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("purify: mean and std must be given together")
-
-
-def _channel_values(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    try:
-        floats = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        floats = ()
-    if not floats or not all(math.isfinite(value) and (name == "mean" or value > 0) for value in floats):
-        kind = "finite" if name == "mean" else "positive"
-        raise ValueError(f"purify: {name} must be {kind} numbers, one per channel; got {values!r}")
-    return floats
+    scores: dict[str, Tensor] | None = None
 
 
 class Run:
-    """One purification under way: a working model over the user's tensors, its masks, and clean images on the device.
+    """One purification under way: clean images on the device, and what is drawn, timed and noted.
 
     method:     the name that errors, progress and the result carry
     model:      the user's model; it isn't changed
@@ -115,24 +62,19 @@ class Run:
     def __init__(self, method: str, model: nn.Module, clean_data: Any, setting: Setting) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{method}: a purification needs gradients, which torch.inference_mode() forbids")
-        self.method, self.setting = method, setting
+        self.method, self.setting, self._original = method, setting, model
         self.device = self._find_device(model)
         parameter_dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-        self._low = setting.dtype if setting.dtype != parameter_dtype else None
-        if self._low is not None and (self._low, parameter_dtype) != (torch.bfloat16, torch.float32):
+        self.low_dtype = setting.dtype if setting.dtype != parameter_dtype else None
+        if self.low_dtype is not None and (self.low_dtype, parameter_dtype) != (torch.bfloat16, torch.float32):
             expected = f"the model's {parameter_dtype}, or bfloat16 over float32"
             raise TypeError(f"{method}: dtype must be {expected}; got {setting.dtype}")
         images, self.labels = (tensor.to(self.device) for tensor in as_tensors(clean_data))
         self.images = images.to(parameter_dtype, memory_format=torch.channels_last)
+        with self.named_errors():
+            self.mean, self.std = (self._per_channel(value) for value in (setting.mean, setting.std))
         self.generator = torch.Generator(device="cpu").manual_seed(setting.seed)
-        try:
-            self._masked = shared_copy(model).to(self.device)
-            network = shared_copy(self._masked)
-            mask_(self._masked, setting.granularity, setting.include, setting.exclude, setting.layers)
-            self._prepare(network)
-        except (TypeError, ValueError) as error:
-            named = str(error) if str(error).startswith(method) else f"{method}: {error}"
-            raise type(error)(named) from error
+        self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed)
         self.history: dict[str, list[float]] = {}
         self._noted: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
@@ -151,32 +93,14 @@ class Run:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"{self.method}: device {device!r}: {str(error).splitlines()[0]}") from error
 
-    def _prepare(self, network: nn.Module) -> None:
-        """The working model, whose masked layers compute with effective weights that are views of the arena."""
-        layers = masked_layers(self._masked)
-        if self._low is not None and any(isinstance(layer, NORMS) for layer in layers.values()):
-            raise TypeError(f"dtype {self._low} is for masks on convolutions and linear layers, not on norms")
-        mean, std = (self._per_channel(value) for value in (self.setting.mean, self.setting.std))
-        self.model = WorkingModel(network, self.images[:2], mean, std, masked=layers, dtype=self._low)
-        if self.model.unused:
-            raise ValueError(f"the model's forward doesn't use {', '.join(self.model.unused)}; use exclude=")
-        # layers that share a weight share a mask: the first stands for all of them
-        owner_of = {id(layer.weight): name for name, layer in reversed(layers.items())}
-        self._owners = {name: owner_of[id(layer.weight)] for name, layer in layers.items()}
-        working = {name: self.model.network.get_submodule(name) for name in layers}
-        weights = {owner: working[owner].weight for owner in owner_of.values()}
-        learned = {owner: getattr(layers[owner], layers[owner].mask_name) for owner in weights}
-        self.arena = MaskArena(weights, learned, self._low)
-        self._set_masks(self.arena.masks)
-        for name, owner in self._owners.items():
-            working[name].weight = self.arena.effective_weights[owner]
-        self._learn(True)
-        self._check_labels()
-
-    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        parameters = {owner: Parameter(mask) for owner, mask in masks.items()}
-        for name, layer in masked_layers(self._masked).items():
-            setattr(layer, layer.mask_name, parameters[self._owners[name]])
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Within, TypeErrors and ValueErrors begin with the method's name."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            named = str(error) if str(error).startswith(self.method) else f"{self.method}: {error}"
+            raise type(error)(named) from error
 
     def _per_channel(self, value: Sequence[float] | None) -> Tensor | None:
         if value is None:
@@ -186,65 +110,51 @@ class Run:
             raise ValueError(f"mean and std must have {channels} values, one per channel; got {value}")
         return torch.tensor(value, dtype=self.images.dtype, device=self.device)
 
-    def _check_labels(self) -> None:
+    def check_labels(self, model: nn.Module) -> None:
+        """Raise when a label isn't among the classes of a model on pixels."""
         with torch.no_grad():
-            classes = self.logits(self.images[:1].clone()).shape[1]
+            classes = model(self.images[:1].clone()).shape[1]
         if int(self.labels.max()) >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes; got {int(self.labels.max())}")
 
-    def logits(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
-        """The working model's logits of images in pixel space, plus a trigger."""
-        # layers whose masks are learned save their inputs, which are outputs of ReLUs: bits would come on top
-        with lean_autograd(relu_bits=not self._learning):
-            return self.model(images, trigger)
+    def trainable_copy(self) -> PixelModel:
+        """The user's model on pixels, with parameters of its own that require gradients, in train mode."""
+        with self.named_errors():
+            try:
+                network = copy.deepcopy(self._original).to(self.device).requires_grad_(True)
+            except (TypeError, RuntimeError) as error:
+                raise TypeError(f"the model can't be copied: {str(error).splitlines()[0]}") from error
+            model = PixelModel(network, self.mean, self.std, self.low_dtype)
+            self.check_labels(model.eval())
+        return model.train()
 
-    @torch.no_grad()
-    def predictions(self, batch_size: int) -> Tensor:
-        """The class that the working model gives each clean image."""
-        # a model may write to its input: it gets copies
-        return torch.cat([self.logits(images.clone()).argmax(1) for images in self.images.split(batch_size)])
+    def hold_out(self, share: float) -> tuple[Tensor, Tensor]:
+        """Take ``round(share * n)`` random clean images, at least one, out of what is learned from."""
+        count = min(max(1, round(share * len(self.labels))), len(self.labels) - 1)
+        order = torch.randperm(len(self.labels), generator=self.generator).to(self.device)
+        held_out = self.images[order[:count]], self.labels[order[:count]]
+        self.images, self.labels = self.images[order[count:]], self.labels[order[count:]]
+        return held_out
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Tensor]:
         """Indices of ``steps`` batches, drawn with replacement, all at once."""
         drawn = torch.randint(len(self.images), (steps, batch_size), generator=self.generator, device="cpu")
         return iter(drawn.to(self.device, non_blocking=True))
 
-    def new_trigger(self) -> Tensor:
-        return torch.zeros_like(self.images[:1]).requires_grad_()
+    def one_pass(self, batch_size: int) -> Iterator[Tensor]:
+        """Indices of batches that together hold every clean image once, in random order; the last may be smaller."""
+        order = torch.randperm(len(self.images), generator=self.generator, device="cpu")
+        return iter(order.to(self.device, non_blocking=True).split(batch_size))
 
-    @contextmanager
-    def frozen_masks(self) -> Iterator[None]:
-        """Within, no gradient of a mask is computed."""
-        self._learn(False)
-        try:
-            yield
-        finally:
-            self._learn(True)
-
-    def _learn(self, learning: bool) -> None:
-        self._learning = learning
-        for weight in self.arena.effective_weights.values():
-            weight.requires_grad_(learning)
-
-    def descend(self, *branches: tuple[float, Tensor, Tensor]) -> list[Tensor]:
-        """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.
-
-        branches: (factor, images, labels) each
-        returns:  the cross entropies, detached
-        """
-        auto = "sequential" if self.device.type == "cpu" else "concatenated"
-        if {"auto": auto}.get(self.setting.branches, self.setting.branches) == "concatenated":
-            factors, images, labels = zip(*branches, strict=True)
-            parts = self.logits(torch.cat(images)).split([len(part) for part in images])
-            losses = [F.cross_entropy(part, label) for part, label in zip(parts, labels, strict=True)]
-            sum(factor * loss for factor, loss in zip(factors, losses, strict=True)).backward()
-            return [loss.detach() for loss in losses]
-        losses = []
-        for factor, images, labels in branches:
-            loss = F.cross_entropy(self.logits(images), labels)
-            (factor * loss).backward()
-            losses.append(loss.detach())
-        return losses
+    def sample(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of a batch, augmented as the setting says, and their labels."""
+        images, padding = self.images[batch], self.setting.crop
+        padding = round(images.shape[2] / 8) if padding == "auto" else padding
+        if padding:
+            images = random_crop(images, padding, self.generator)
+        if self.setting.flip:
+            images = random_flip(images, self.generator)
+        return images, self.labels[batch]
 
     def epochs(self, count: int) -> Iterator[int]:
         """0, 1, …, count - 1, behind a progress bar."""
@@ -270,11 +180,15 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase; at its end put the means of what was noted into the history, and stop if one is no number.
 
-        This is the one place where a phase waits for the device.
+        This is the one place where a phase waits for the device. What layers such as dropout draw from torch's global
+        generator follows the seed within, and leaves that generator as it was.
         """
         start = time.perf_counter()
+        seed = int(torch.randint(2**62, (), generator=self._layers_generator))
+        devices = [self.device] if self.device.type == "cuda" else []
         # a backward inside somebody's autocast would be cast
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.random.fork_rng(devices), torch.autocast(self.device.type, enabled=False):
+            torch.manual_seed(seed)
             yield
         for what, values in self._noted.items():
             mean = float(torch.stack(values).mean())
@@ -289,22 +203,31 @@ class Run:
         """Keep a number of this step, without waiting for it."""
         self._noted.setdefault(what, []).append(value.detach())
 
-    def finish(self, options: Any, trigger: Tensor | None = None) -> Purification:
-        """The result: masks, and the user's structure with the masks on, or folded into, its weights."""
-        if not bool(torch.isfinite(self.arena.mask).all()):
-            raise NonFiniteError(f"{self.method}: a mask became nan or infinite; the model is left as it was")
-        layers = masked_layers(self._masked)
-        self._set_masks({name: _laid_out_as(layers[name].weight, mask) for name, mask in self.arena.masks.items()})
-        learned = {name: mask.detach().to("cpu", copy=True).contiguous() for name, mask in masks(self._masked).items()}
-        # folding replaces the masked weights: no need to copy them first
-        replaced = {id(layer.weight): layer.weight for layer in layers.values()} if self.setting.folded else {}
-        model = copy.deepcopy(self._masked, replaced)
-        model = fold_(model) if self.setting.folded else model
+    def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
+        """Hand the model, in eval mode, to the user's ``on_epoch``."""
+        if on_epoch is None:
+            return
+        training = model.training
+        on_epoch(epoch, model.eval())
+        model.train(training)
+
+    def finish(self, options: Any, model: nn.Module, **results: Any) -> Purification:
+        """The result, whose model has its layers in the modes, and its parameters as trainable, as the user's are.
+
+        results: ``masks``, ``trigger`` and ``scores`` where the method has them
+        """
+        for name, module in self._original.named_modules():
+            model.get_submodule(name).training = module.training
+        for name, parameter in self._original.named_parameters():
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         timings = {**self._seconds, "total": time.perf_counter() - self._start, "peak_bytes": self._peak_bytes()}
-        trigger = None if trigger is None else trigger.detach().to("cpu", copy=True).contiguous()
+        results = {"masks": {}, "trigger": None, **results}
+        if results["trigger"] is not None:
+            results["trigger"] = results["trigger"].detach().to("cpu", copy=True).contiguous()
         setting = {**asdict(self.setting), "device": str(self.device)}
         plain = {name: _plain(value) for name, value in (asdict(options) | setting).items()}
-        return Purification(model, learned, trigger, self.history, timings, {"method": self.method, **plain})
+        options = {"method": self.method, **plain}
+        return Purification(model=model, history=self.history, timings=timings, options=options, **results)
 
     def _peak_bytes(self) -> int:
         if self.device.type == "cuda":
@@ -315,14 +238,6 @@ class Run:
             return 0
         kilobytes = sys.platform != "darwin"
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kilobytes else 1)
-
-
-def _laid_out_as(weight: Tensor, mask: Tensor) -> Tensor:
-    """The mask in memory of its own, in the weight's layout where it has the weight's shape."""
-    mask = mask.detach()
-    if mask.shape != weight.shape:
-        return mask.clone(memory_format=torch.contiguous_format)
-    return torch.empty_like(weight, dtype=mask.dtype, requires_grad=False).copy_(mask)
 
 
 def _plain(value: Any) -> Any:

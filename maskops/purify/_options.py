@@ -6,26 +6,31 @@ import math
 import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
-Options = TypeVar("Options")
-Setting = TypeVar("Setting")
 Auto = Literal["auto"]
 
 
-def settle(
-    method: str, presets: Mapping[str, Options], setting: type[Setting], preset: str, changes: Mapping[str, Any]
-) -> tuple[Options, Setting]:
-    """A method's options, from the preset and the changes that are its fields, and the setting, from all others."""
+class Preset(NamedTuple):
+    """Where the values of a method's options, and of its setting, begin."""
+
+    options: Any
+    setting: Any
+
+
+def settle(method: str, presets: Mapping[str, Preset], preset: str, changes: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A method's options and setting: those of the preset, with the changes."""
     if preset not in tuple(presets):
         raise ValueError(f"{method}: preset must be one of {', '.join(presets)}; got {preset!r}")
-    options = presets[preset]
-    own, common = ({field.name for field in fields(of)} for of in (options, setting))
+    own, common = ({field.name for field in fields(of)} for of in presets[preset])
     unknown = sorted(changes.keys() - own - common)
     if unknown:
         raise TypeError(f"{method}: no option {', '.join(unknown)}; there are {', '.join(sorted(own | common))}")
-    chosen = setting(**{name: value for name, value in changes.items() if name in common})
-    return replace(options, **{name: value for name, value in changes.items() if name in own}), chosen
+    options, setting = (
+        replace(of, **{name: value for name, value in changes.items() if name in names})
+        for of, names in zip(presets[preset], (own, common), strict=True)
+    )
+    return options, setting
 
 
 def number(
@@ -49,3 +54,9 @@ def choice(method: str, options: Any, name: str, choices: Collection[Any]) -> No
     value = getattr(options, name)
     if not any(type(value) is type(each) and value == each for each in choices):
         raise ValueError(f"{method}: {name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def optional(method: str, options: Any, name: str, kind: type, least: float, most: float = math.inf) -> None:
+    """As :func:`number`, for a field that may be None."""
+    if getattr(options, name) is not None:
+        number(method, options, name, kind, least, most)

@@ -27,7 +27,41 @@ def shared_copy(model: nn.Module) -> nn.Module:
         raise TypeError(f"the model can't be copied: {str(error).splitlines()[0]}") from error
 
 
-class WorkingModel(nn.Module):
+class PixelModel(nn.Module):
+    """A classifier as a function from images in pixel space to logits.
+
+    network:   any classifier, whose output is a tensor or has ``.logits``; it becomes part of this one
+    mean, std: (C,), what the network expects its images to be normalised by; None for none
+    dtype:     of activations, by autocast; None for the network's own
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("mean", None if mean is None else mean.view(-1, 1, 1))
+        self.register_buffer("std", None if std is None else std.view(-1, 1, 1))
+        self.network = network
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return images if self.mean is None else (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images (B, C, H, W) in [0, 1], in the images' dtype."""
+        with self._precision(images):
+            return _logits(self.network(self.normalise(images))).to(images.dtype)
+
+    def _precision(self, images: Tensor) -> torch.autocast:
+        # no autocast, too, is set: one around the run would keep stale copies of effective weights
+        return torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+class WorkingModel(PixelModel):
     """A frozen model that computes the same logits from images in pixel space, with less work.
 
     A batch norm that follows a layer is folded into that layer's weight and bias, and the gradient of a trigger that
@@ -35,11 +69,13 @@ class WorkingModel(nn.Module):
     conv(x + Δ) = conv(x) + conv(Δ). Both need to know who reads what, which one forward of ``example`` shows; where the
     answer isn't certain, or the logits of the example come out otherwise, nothing is changed.
 
-    network:   any classifier. It becomes part of this one, in eval mode and without gradients
+    In train mode, for runs on the statistics of their batches, nothing is folded and no running statistic changes.
+
+    network:   as for :class:`PixelModel`; without gradients from now on
     example:   (B, C, H, W) images in pixel space on the network's device
-    mean, std: per channel, what the network expects its images to be normalised by; None for none
     masked:    names of layers that are not to be folded away; those whose weight no forward reads are in ``unused``
-    dtype:     of activations, by autocast; None for the network's own
+    fold:      whether the algebra is allowed: not where what it folds is to be changed, and not for train mode
+    all else:  as for :class:`PixelModel`
     """
 
     def __init__(
@@ -50,18 +86,18 @@ class WorkingModel(nn.Module):
         std: Tensor | None = None,
         masked: Collection[str] = (),
         dtype: torch.dtype | None = None,
+        fold: bool = True,
     ) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.register_buffer("mean", None if mean is None else mean.view(-1, 1, 1))
-        self.register_buffer("std", None if std is None else std.view(-1, 1, 1))
-        self.network = network.requires_grad_(False)
+        super().__init__(network.requires_grad_(False), mean, std, dtype)
         self._first: str | None = None
         self.eval()
         unfolded = shared_copy(self.network)
         with torch.no_grad(), self._precision(example), _Readers() as readers:
             logits = _logits(readers.watch(self.network, self.normalise(example.clone())))
         self.unused = [name for name in masked if not readers.reads(self.network.get_submodule(name).weight)]
+        if not fold:
+            _keep_running_statistics(self.network)
+            return
         _fold_batch_norms(self.network, readers, masked)
         if not self._agrees(logits, example):
             self.network = unfolded
@@ -79,17 +115,10 @@ class WorkingModel(nn.Module):
         coarsest = images.dtype if self.dtype is None else self.dtype
         return bool(difference <= torch.finfo(coarsest).eps ** 0.5 * expected.abs().max().clamp_min(1))
 
-    def normalise(self, images: Tensor) -> Tensor:
-        return images if self.mean is None else (images - self.mean) / self.std
-
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
         with self._precision(images):
             return self._network_logits(images, trigger).to(images.dtype)
-
-    def _precision(self, images: Tensor) -> torch.autocast:
-        # no autocast, too, is set: one around the run would keep stale copies of effective weights
-        return torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def _network_logits(self, images: Tensor, trigger: Tensor | None) -> Tensor:
         if trigger is None:
@@ -222,6 +251,13 @@ def _fold_batch_norms(network: nn.Module, readers: _Readers, masked: Collection[
         layer.weight = Parameter((layer.weight * factor).to(dtype), requires_grad=False)
         layer.bias = Parameter(bias.to(dtype), requires_grad=False)
         _replace(network, norm, nn.Identity().eval())
+
+
+def _keep_running_statistics(network: nn.Module) -> None:
+    """Batch norms use their batch's statistics in train mode and, as before, their running ones in eval mode."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False
 
 
 def _first_convolution(network: nn.Module, readers: _Readers) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 
 from maskops.functional import project_onto_l1_ball, rescale_to_l1_ball
 from maskops.optim import MaskAdam
-from maskops.purify._loop import Purification, Run, Setting
-from maskops.purify._options import Auto, choice, number, settle
+from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._masks import MaskRun
+from maskops.purify._options import Auto, Preset, choice, number, settle
+from maskops.purify._setting import MaskSetting
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class AWMOptions:
     project_every_step: after every ascent step; otherwise once, after the last
     trigger_penalty: weight of -‖Δ‖₂ in the inner objective (D.6, which prints a plus: that would reward large triggers)
     clamp:         clamp x + Δ to [0, 1] in the outer phase
+    branches:      the two losses of line 11 one after the other, ``"sequential"`` (half the activations), or as one
+                   batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU and
+                   concatenated on a GPU
     """
 
     alpha: float = 0.9
@@ -56,6 +60,7 @@ class AWMOptions:
     project_every_step: bool = False
     trigger_penalty: float = 0.0
     clamp: bool = False
+    branches: str = "auto"
 
     def __post_init__(self) -> None:
         number("awm", self, "alpha", float, 0, 1)
@@ -69,6 +74,7 @@ class AWMOptions:
             number("awm", self, name, int, 1, auto=True)
         choice("awm", self, "inner_labels", ("true", "predicted"))
         choice("awm", self, "projection", ("rescale", "project", "l2", "none"))
+        choice("awm", self, "branches", ("auto", "sequential", "concatenated"))
         for name in ("project_every_step", "clamp"):
             choice("awm", self, name, (True, False))
 
@@ -78,6 +84,7 @@ class AWMOptions:
         batch_size = 16 if count < 100 else 32 if count < 500 else 128
         batch_size = min(batch_size if self.batch_size == "auto" else self.batch_size, count)
         five_passes = 5 * (count // batch_size)
+        branches = "sequential" if images.device.type == "cpu" else "concatenated"
         return replace(
             self,
             beta=1 - self.alpha if self.beta == "auto" else self.beta,
@@ -85,23 +92,29 @@ class AWMOptions:
             batch_size=batch_size,
             inner_steps=five_passes if self.inner_steps == "auto" else self.inner_steps,
             outer_steps=five_passes if self.outer_steps == "auto" else self.outer_steps,
+            branches=branches if self.branches == "auto" else self.branches,
         )
 
 
 PRESETS = {
-    "paper": AWMOptions(),
-    "official": AWMOptions(
-        tau=1000.0,
-        epochs=20,
-        inner_steps="auto",
-        outer_steps="auto",
-        batch_size=128,
-        lr_decay=1.0,
-        inner_labels="predicted",
-        clamp=True,
+    "paper": Preset(AWMOptions(), MaskSetting()),
+    "official": Preset(
+        AWMOptions(
+            tau=1000.0,
+            epochs=20,
+            inner_steps="auto",
+            outer_steps="auto",
+            batch_size=128,
+            lr_decay=1.0,
+            inner_labels="predicted",
+            clamp=True,
+        ),
+        MaskSetting(),
     ),
+    "swm_atr": Preset(AWMOptions(gamma=0.0), MaskSetting()),
 }
-"""``paper``: Algorithm 1, Appendix A and Table 7. ``official``: the published ``main.py`` with its defaults."""
+"""``paper``: Algorithm 1, Appendix A and Table 7. ``official``: the published ``main.py`` with its defaults. ``swm_atr``:
+soft weight masks and trigger recovery without the L1 term (Eq. 4.3, the third column of Table 4)."""
 
 
 @torch.enable_grad()
@@ -110,7 +123,7 @@ def awm(
     clean_data: Any,
     *,
     preset: str = "paper",
-    on_epoch: Callable[[int, nn.Module], None] | None = None,
+    on_epoch: OnEpoch | None = None,
     **options: Any,
 ) -> Purification:
     """Purify a model by masks on its weights, learned against a universal trigger that is learned in turn.
@@ -120,10 +133,10 @@ def awm(
     model:      any nn.Module that maps images to logits (a tensor, or an object with ``.logits``); it runs in eval mode
                 and isn't changed
     clean_data: (images, labels): images (N, C, H, W) float in [0, 1] or uint8, labels (N,); or a map-style Dataset
-    preset:     ``"paper"`` or ``"official"``
+    preset:     ``"paper"``, ``"official"`` or ``"swm_atr"``: see :data:`PRESETS`
     on_epoch:   called after every epoch with its number and the model as it then is, for measurements: on images in
                 pixel space, which that model normalises itself
-    options:    single fields of :class:`AWMOptions` and :class:`maskops.purify.Setting`, such as ``tau=200`` or
+    options:    single fields of :class:`AWMOptions` and :class:`maskops.purify.MaskSetting`, such as ``tau=200`` or
                 ``device="cuda"``
     returns:    a :class:`maskops.purify.Purification`; ``.model`` is the purified model
     errors:     ValueError and TypeError, one line, for options or data out of range; NonFiniteError when a loss is no
@@ -137,39 +150,39 @@ def awm(
     >>> sorted(result.masks), tuple(result.trigger.shape)
     (['0.mask'], (1, 1, 8, 8))
     """
-    chosen, setting = settle("awm", PRESETS, Setting, preset, options)
-    run = Run("awm", model, clean_data, setting)
+    chosen, setting = settle("awm", PRESETS, preset, options)
+    run = MaskRun("awm", model, clean_data, setting)
     chosen = chosen.for_images(run.images)
     alpha, beta, batch_size = chosen.alpha, chosen.beta, chosen.batch_size
-    labels = run.labels
+    together = chosen.branches == "concatenated"
     masks = MaskAdam(run.arena, lr=chosen.lr, l1=chosen.gamma)  # line 1: every mask is 1
 
     for epoch in run.epochs(chosen.epochs):  # line 2
         with run.phase("inner"), run.frozen_masks():
             trigger = run.new_trigger()  # line 3
-            inner_labels = run.predictions(batch_size) if chosen.inner_labels == "predicted" else labels
+            inner_labels = run.predictions(batch_size) if chosen.inner_labels == "predicted" else run.labels
             for batch in run.batches(chosen.inner_steps, batch_size):  # lines 4, 5
-                loss = F.cross_entropy(run.logits(run.images[batch], trigger), inner_labels[batch])  # line 6
+                images, _ = run.sample(batch)
+                loss = F.cross_entropy(run.logits(images, trigger), inner_labels[batch])  # line 6
                 trigger = _ascend(trigger, loss, chosen)  # line 7
                 run.note("inner loss", loss)
             trigger = _project(trigger.detach(), chosen)  # line 9
 
         with run.phase("outer"):
             for batch in run.batches(chosen.outer_steps, batch_size):  # line 10
-                clean = run.images[batch]
+                clean, labels = run.sample(batch)
                 perturbed = (clean + trigger).clamp(0, 1) if chosen.clamp else clean + trigger
                 # line 11; the gradient of γ‖m‖₁ is part of the mask step
-                losses = run.descend((alpha, clean, labels[batch]), (beta, perturbed, labels[batch]))
+                losses = run.descend((alpha, clean, labels), (beta, perturbed, labels), together=together)
                 masks.step()  # lines 12, 13
                 run.note("clean loss", losses[0])
                 run.note("perturbed loss", losses[1])
 
         if (epoch + 1) % chosen.lr_decay_epochs == 0:
             masks.param_groups[0]["lr"] *= chosen.lr_decay
-        if on_epoch is not None:
-            on_epoch(epoch, run.model)
+        run.report(on_epoch, epoch, run.model)
 
-    return run.finish(chosen, trigger)
+    return run.finish(chosen, trigger=trigger)
 
 
 def _ascend(trigger: Tensor, loss: Tensor, options: AWMOptions) -> Tensor:

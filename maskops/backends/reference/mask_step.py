@@ -12,9 +12,9 @@ _BLOCK = 1 << 17
 
 
 def mask_adam_step_(
-    mask, grad, weight, effective, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, l1, lower, upper
+    mask, grad, weight, effective, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, l1, toward, lower, upper
 ) -> None:
-    """Adam (Kingma & Ba 2015, Algorithm 1) on ``grad * weight + l1 * sign(mask)``, then clip and effective weight.
+    """Adam (Kingma & Ba 2015, Algorithm 1) on ``grad * weight + l1 * sign(mask - toward)``, then clip and effective weight.
 
     ``step`` counts on the device, so that the step can be captured in a CUDA graph: exactly, up to 2**24 in float32.
     """
@@ -22,17 +22,17 @@ def mask_adam_step_(
     count = step.double()
     step_size, correction = lr / (1 - beta1**count), (1 - beta2**count).sqrt()
     for m, g, w, e, first, second, low in _blocks(mask, grad, weight, effective, exp_avg, exp_avg_sq, lower):
-        g = _mask_grad(m, g, w, l1)
+        g = _mask_grad(m, g, w, l1, toward)
         first.lerp_(g, 1 - beta1)
         second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         m.sub_(first / second.sqrt().div_(correction).add_(eps) * step_size)
         _clip_and_apply(m, w, e, low, upper)
 
 
-def mask_sgd_step_(mask, grad, weight, effective, momentum_buffer, lr, momentum, l1, lower, upper) -> None:
-    """SGD with momentum on ``grad * weight + l1 * sign(mask)``, then clip and effective weight."""
+def mask_sgd_step_(mask, grad, weight, effective, momentum_buffer, lr, momentum, l1, toward, lower, upper) -> None:
+    """SGD with momentum on ``grad * weight + l1 * sign(mask - toward)``, then clip and effective weight."""
     for m, g, w, e, buffer, low in _blocks(mask, grad, weight, effective, momentum_buffer, lower):
-        g = _mask_grad(m, g, w, l1)
+        g = _mask_grad(m, g, w, l1, toward)
         if buffer is not None:
             g = buffer.mul_(momentum).add_(g)
         m.sub_(g * lr)
@@ -49,11 +49,13 @@ def _blocks(mask: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | Non
     yield from zip(*pieces, strict=True)
 
 
-def _mask_grad(mask: Tensor, grad: Tensor, weight: Tensor | None, l1: float) -> Tensor:
+def _mask_grad(mask: Tensor, grad: Tensor, weight: Tensor | None, l1: float, toward: float) -> Tensor:
     grad = grad.to(mask.dtype)
     if weight is not None:
         grad = grad * weight
-    return grad + l1 * mask.sign() if l1 else grad
+    if not l1:
+        return grad
+    return grad + l1 * (mask - toward if toward else mask).sign()
 
 
 def _clip_and_apply(mask: Tensor, weight: Tensor | None, effective: Tensor | None, lower: Tensor, upper: float) -> None:

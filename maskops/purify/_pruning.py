@@ -1,0 +1,99 @@
+"""From learned masks to pruned neurons: which are cut, and the model without them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from maskops.convert import LAYERS, fold_, mask_, masked_layers
+from maskops.purify._masks import MaskRun
+
+THRESHOLDS = tuple(step / 20 for step in range(20))
+"""0, 0.05, …, 0.95: those that the published codes of ANP and RNP try."""
+
+
+def kept(
+    scores: Mapping[str, Tensor],
+    *,
+    threshold: float | None = None,
+    number: int | None = None,
+    fraction: float | None = None,
+) -> dict[str, Tensor]:
+    """Masks of ones, with zeros for the neurons that are pruned.
+
+    threshold: prune every score at most this
+    number:    prune that many of the smallest scores over all layers; among equals the first
+    fraction:  prune ``round(fraction * scores)`` of them
+
+    errors: ValueError unless exactly one of the three is given, and for a number of neurons that aren't there
+
+    >>> kept({"a": torch.tensor([0.1, 1.0]), "b": torch.tensor([0.2])}, threshold=0.2)
+    {'a': tensor([0., 1.]), 'b': tensor([0.])}
+    """
+    given = {"threshold": threshold, "number": number, "fraction": fraction}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"prune: exactly one of threshold, number and fraction must be given; got {given}")
+    if threshold is not None:
+        return {name: (score > threshold).to(score.dtype) for name, score in scores.items()}
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    number = round(fraction * len(flat)) if number is None else number
+    if not 0 <= number <= len(flat):
+        raise ValueError(f"prune: expected a number of neurons from 0 to {len(flat)}; got {number}")
+    flags = torch.ones_like(flat)
+    flags[flat.argsort(stable=True)[:number]] = 0
+    pieces = flags.split([score.numel() for score in scores.values()])
+    return {name: piece.view_as(score) for (name, score), piece in zip(scores.items(), pieces, strict=True)}
+
+
+def prune(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    *,
+    threshold: float | None = None,
+    number: int | None = None,
+    fraction: float | None = None,
+) -> nn.Module:
+    """A copy of the original model without the neurons of the smallest scores; the biases stay.
+
+    model:   what was purified, with its original weights; it isn't changed
+    scores:  ``scores`` of a :class:`Purification` of that model
+    threshold, number, fraction: which neurons to prune: every score at most the threshold, that many of the smallest
+             over all layers, or that fraction
+    errors:  ValueError for scores that don't fit the model, and unless exactly one of the three is given
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    >>> prune(model, {"1.mask": torch.tensor([[0.1], [0.9]])}, number=1)[1].weight[0].tolist()
+    [0.0, 0.0]
+    """
+    values = kept(scores, threshold=threshold, number=number, fraction=fraction)
+    return apply_masks(model, values)
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a plain model with masks, by names such as ``"conv1.mask"``, folded into its weights."""
+    masked = copy.deepcopy(model)
+    weights = {name: masked.get_submodule(name.rpartition(".")[0]).weight for name in masks}
+    parameters = {id(weight): Parameter(masks[name].to(weight)) for name, weight in weights.items()}
+    # a weight that several layers share has one mask
+    masking = [name for name, module in masked.named_modules() if id(getattr(module, "weight", None)) in parameters]
+    mask_(masked, include=masking, layers=tuple(LAYERS))
+    for layer in masked_layers(masked).values():
+        setattr(layer, layer.mask_name, parameters[id(layer.weight)])
+    return fold_(masked)
+
+
+def threshold_within(budget: float, run: MaskRun, images: Tensor, labels: Tensor) -> float:
+    """The largest of THRESHOLDS up to which pruning costs at most ``budget`` of the accuracy on held-out clean images.
+
+    No trigger is needed to choose it. -1, which prunes nothing, where even the smallest costs more.
+    """
+    chosen, least = -1.0, run.accuracy(images, labels, kept(run.arena.masks, threshold=-1)) - budget
+    for threshold in THRESHOLDS:
+        if run.accuracy(images, labels, kept(run.arena.masks, threshold=threshold)) < least:
+            break
+        chosen = threshold
+    return chosen

@@ -1,0 +1,81 @@
+"""Where and on what a run works: settings that methods have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from maskops.nn import GRANULARITIES
+from maskops.purify._options import Auto, choice, number
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what a run works; the same for every method.
+
+    device:    None for the model's
+    dtype:     None for the model's own; torch.bfloat16 for 16-bit activations under wider masks and weights
+    mean, std: per channel, what the model expects its images to be normalised by; None for models on pixels in [0, 1]
+    crop:      augment every batch: zeros of that many pixels around each image, then a random window of its size; 0 for
+               none; ``"auto"`` is an eighth of the height, the usual 4 of 32
+    flip:      augment every batch: mirror every other image, at random
+    seed:      of everything that a run draws
+    progress:  show a progress bar
+    """
+
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    crop: int | Auto = 0
+    flip: bool = False
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        number("purify", self, "seed", int, 0)
+        number("purify", self, "crop", int, 0, auto=True)
+        for name in ("flip", "progress"):
+            choice("purify", self, name, (True, False))
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, _channel_values(name, values))
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("purify: mean and std must be given together")
+
+
+@dataclass(frozen=True)
+class MaskSetting(Setting):
+    """What is masked, and how the result comes; for the methods that learn masks, beside :class:`Setting`.
+
+    layers:      as in :func:`maskops.mask_`; or ``"auto"``: the batch norms of a model that has any, otherwise its
+                 convolutions, linear layers and layer norms
+    include, exclude, granularity: as in :func:`maskops.mask_`
+    folded:      return plain layers with the masks folded in; otherwise masked layers
+    """
+
+    layers: str | Sequence[str] = "conv"
+    include: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
+    granularity: str = "weight"
+    folded: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("purify", self, "granularity", GRANULARITIES)
+        choice("purify", self, "folded", (True, False))
+
+
+def _channel_values(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        floats = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        floats = ()
+    if not floats or not all(math.isfinite(value) and (name == "mean" or value > 0) for value in floats):
+        kind = "finite" if name == "mean" else "positive"
+        raise ValueError(f"purify: {name} must be {kind} numbers, one per channel; got {values!r}")
+    return floats

@@ -1,0 +1,158 @@
+"""Adversarial Neuron Pruning: Wu & Wang 2021, "Adversarial Neuron Pruning Purifies Backdoored Deep Models"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskops.optim import MaskSGD
+from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._masks import MaskRun
+from maskops.purify._options import Auto, Preset, choice, number, optional, settle
+from maskops.purify._pruning import kept, threshold_within
+from maskops.purify._setting import MaskSetting
+
+
+@dataclass(frozen=True)
+class ANPOptions:
+    """The hyper-parameters of ANP, under the names of Algorithm 1. The defaults are the paper's.
+
+    alpha:        weight of the clean loss; the perturbed loss has 1 - alpha
+    epsilon:      ε, bound of the noise δ on the masks and ξ on the biases
+    noise_steps:  ascent steps of the noise per mask step, each of size ε / noise_steps, from a uniformly random start
+    project:      after each, bring the noise back into [-ε, ε]; the published code doesn't, so that its noise reaches 2 ε
+    epochs, steps: mask steps are epochs * steps; the history has one number per epoch
+    batch_size:   b, at most n
+    lr, momentum: η, and of SGD on the masks
+    statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on), as
+                  published; ``"running"``: in eval mode
+    threshold:    neurons whose mask is at most this are pruned; ``"auto"``: the largest of 0, 0.05, …, 0.95 that costs at
+                  most ``budget`` of the accuracy on clean images that are held out from the masks
+    number, fraction: prune that many, or that share, of the neurons with the smallest masks instead; None for neither
+    budget:       accuracy, as a fraction of 1, that ``threshold="auto"`` may cost
+    held_out:     share of the clean images that ``threshold="auto"`` holds out
+    """
+
+    alpha: float = 0.2
+    epsilon: float = 0.4
+    noise_steps: int = 1
+    project: bool = True
+    epochs: int = 20
+    steps: int = 100
+    batch_size: int = 128
+    lr: float = 0.2
+    momentum: float = 0.9
+    statistics: str = "batch"
+    threshold: float | Auto = 0.2
+    number: int | None = None
+    fraction: float | None = None
+    budget: float = 0.02
+    held_out: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "momentum", "budget", "held_out"):
+            number("anp", self, name, float, 0, 1)
+        for name in ("epsilon", "lr"):
+            number("anp", self, name, float, 0)
+        for name in ("noise_steps", "epochs", "steps", "batch_size"):
+            number("anp", self, name, int, 1)
+        choice("anp", self, "project", (True, False))
+        choice("anp", self, "statistics", ("batch", "running"))
+        number("anp", self, "threshold", float, 0, 1, auto=True)
+        optional("anp", self, "number", int, 0)
+        optional("anp", self, "fraction", float, 0, 1)
+        if self.number is not None and self.fraction is not None:
+            raise ValueError("anp: number and fraction are two ways to say it: give one of them")
+
+    @property
+    def chooses_threshold(self) -> bool:
+        """Whether clean images are held out for a threshold."""
+        return self.threshold == "auto" and self.number is None and self.fraction is None
+
+
+_NEURONS = MaskSetting(layers="auto", granularity="neuron", crop="auto", flip=True)
+
+PRESETS = {
+    "paper": Preset(ANPOptions(), _NEURONS),
+    "official": Preset(ANPOptions(project=False, epochs=4, steps=500), replace(_NEURONS, layers="norm", crop=4)),
+}
+"""``paper``: Algorithm 1 and Section 4.1. ``official``: the published ``optimize_mask_cifar.py``, which doesn't project
+the noise, on batch norms alone; its ``prune_neuron_cifar.py`` chooses no threshold: here 0.2, the paper's."""
+
+
+@torch.enable_grad()
+def anp(
+    model: nn.Module,
+    clean_data: Any,
+    *,
+    preset: str = "paper",
+    on_epoch: OnEpoch | None = None,
+    **options: Any,
+) -> Purification:
+    """Purify a model by pruning neurons that are sensitive to adversarial noise on neurons.
+
+        min over m in [0, 1]: α·E L(f(x; m⊙w, b), y) + (1 - α)·max over δ, ξ in [-ε, ε]: E L(f(x; (m + δ)⊙w, (1 + ξ)⊙b), y)
+
+    and then every neuron with a small m is cut out of the original weights; biases stay.
+
+    A neuron is a channel of a batch norm's scale and shift in a model with batch norms, because noise on a convolution
+    before one would cancel out; otherwise a row of a convolution's or linear layer's weight with its bias, or a channel
+    of a layer norm: that is what ``layers="auto"`` means.
+
+    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; with statistics of batches, the user's running
+                statistics are left alone, and ``on_epoch`` measures the unpruned model in eval mode
+    preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
+    options:    single fields of :class:`ANPOptions` and :class:`maskops.purify.MaskSetting`
+    returns:    a :class:`maskops.purify.Purification`; ``.masks`` are zeros and ones, ``.scores`` the masks as learned,
+                from which :func:`maskops.purify.prune` makes models for other thresholds
+    errors:     as in :func:`maskops.purify.awm`
+    source:     Eq. 8 and Algorithm 1, whose lines are marked in the code. Deviations: the mask step has momentum, as in
+                Section 4.1; several noise steps have size ε / steps, as in the published code
+
+    >>> images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    >>> result = anp(net, (images, labels), epochs=1, steps=2, number=1, progress=False)
+    >>> result.masks["1.neuron_mask"].sum().item()
+    3.0
+    """
+    chosen, setting = settle("anp", PRESETS, preset, options)
+    batch_statistics = chosen.statistics == "batch"
+    run = MaskRun("anp", model, clean_data, setting, batch_statistics=batch_statistics, biases="noise")
+    held_out = run.hold_out(chosen.held_out) if chosen.chooses_threshold else None
+    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
+    if chosen.number is not None:
+        kept(run.arena.masks, number=chosen.number)  # raises now, not after the run, if there are fewer neurons
+    alpha, epsilon = chosen.alpha, chosen.epsilon
+    bound = epsilon if chosen.project else None
+    masks = MaskSGD(run.arena, lr=chosen.lr, momentum=chosen.momentum)  # line 2: every mask is 1
+
+    for epoch in run.epochs(chosen.epochs):  # line 3
+        with run.phase("masks"):
+            for batch in run.batches(chosen.steps, chosen.batch_size):  # line 4
+                images, labels = run.sample(batch)
+                run.draw_noise(epsilon)  # line 5
+                for _ in range(chosen.noise_steps):
+                    run.ascend_noise(images, labels, epsilon / chosen.noise_steps, bound)  # lines 6 to 9
+                losses = run.descend((alpha, images, labels), perturbed=(1 - alpha, images, labels))  # line 10
+                masks.step()  # lines 10, 11
+                run.note("clean loss", losses[0])
+                run.note("perturbed loss", losses[1])
+        run.report(on_epoch, epoch, run.model)
+
+    return run.finish(chosen, pruned=_pruned(run, chosen, held_out))  # lines 13, 14
+
+
+def _pruned(run: MaskRun, options: ANPOptions, held_out: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    scores = run.arena.masks
+    if options.number is not None:
+        return kept(scores, number=options.number)
+    if options.fraction is not None:
+        return kept(scores, fraction=options.fraction)
+    threshold = options.threshold
+    if held_out is not None:
+        threshold = threshold_within(options.budget, run, *held_out)
+        run.history["threshold"] = [threshold]
+    return kept(scores, threshold=threshold)

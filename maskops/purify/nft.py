@@ -1,0 +1,192 @@
+"""Neural mask Fine-Tuning: Karim et al. 2024, "Augmented Neural Fine-Tuning for Efficient Backdoor Purification"."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskops import augment
+from maskops.optim import MaskSGD
+from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._masks import MaskRun
+from maskops.purify._options import Auto, Preset, choice, number, optional, settle
+from maskops.purify._setting import MaskSetting
+
+AUGMENTATIONS = ("mixup", "cutmix", "cutout", "augmix", "randaugment", "adversarial", "none")
+
+
+@dataclass(frozen=True)
+class NFTOptions:
+    """The hyper-parameters of NFT. The defaults are the paper's for CIFAR-10.
+
+    lr, momentum: of SGD on the masks
+    epochs, steps: mask steps are epochs * steps; steps ``"auto"`` is one pass over the clean images
+    batch_size:   at most n
+    lr_decay:     factor on lr, once every ``lr_decay_epochs`` epochs (the paper's on Tiny-ImageNet: 0.65 every 20)
+    cosine_to:    learning rate that a cosine reaches after all epochs, in place of lr_decay; None for none
+    eta:          η, weight of Σ|1 - m|; ``"auto"`` is the published code's 0.001 / (clean images per class)
+    floor, floor_decay: masks stay in [μ(l), 1] with μ(l) = floor * exp(-floor_decay * l) for layer l
+    floor_by:     l is the ``"depth"`` of a masked layer, or its ``"index"`` among the masks, as published, which counts
+                  shortcuts too; both begin at 1 after the first layer, whose masks stay 1
+    augmentation: of Table 7: mixup (the paper's own), cutmix, cutout, augmix, randaugment, adversarial, none
+    mixup_alpha:  λ ~ Beta(mixup_alpha, mixup_alpha), for mixup and cutmix
+    tune_bias:    learn the masked layers' biases too, by the same SGD (Table 14, which doesn't say how)
+    statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on), as
+                  published; ``"running"``: in eval mode
+    """
+
+    lr: float = 0.05
+    momentum: float = 0.95
+    epochs: int = 100
+    steps: int | Auto = "auto"
+    batch_size: int = 128
+    lr_decay: float = 1.0
+    lr_decay_epochs: int = 20
+    cosine_to: float | None = None
+    eta: float | Auto = 5e-4
+    floor: float = 0.8
+    floor_decay: float = 0.5
+    floor_by: str = "depth"
+    augmentation: str = "mixup"
+    mixup_alpha: float = 1.0
+    tune_bias: bool = False
+    statistics: str = "batch"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_decay", "floor_decay"):
+            number("nft", self, name, float, 0)
+        for name in ("momentum", "floor"):
+            number("nft", self, name, float, 0, 1)
+        for name in ("epochs", "batch_size", "lr_decay_epochs"):
+            number("nft", self, name, int, 1)
+        number("nft", self, "steps", int, 1, auto=True)
+        number("nft", self, "eta", float, 0, auto=True)
+        number("nft", self, "mixup_alpha", float, 1e-3)
+        optional("nft", self, "cosine_to", float, 0)
+        choice("nft", self, "floor_by", ("depth", "index"))
+        choice("nft", self, "augmentation", AUGMENTATIONS)
+        choice("nft", self, "tune_bias", (True, False))
+        choice("nft", self, "statistics", ("batch", "running"))
+
+    def for_labels(self, labels: Tensor) -> NFTOptions:
+        """The same options with every ``"auto"`` replaced by what it stands for with these labels."""
+        batch_size = min(self.batch_size, len(labels))
+        per_class = len(labels) / len(labels.unique())
+        return replace(
+            self,
+            batch_size=batch_size,
+            steps=math.ceil(len(labels) / batch_size) if self.steps == "auto" else self.steps,
+            eta=1e-3 / per_class if self.eta == "auto" else self.eta,
+        )
+
+
+_NEURONS = MaskSetting(layers="auto", granularity="neuron", crop="auto", flip=True)
+
+PRESETS = {
+    "paper": Preset(NFTOptions(), _NEURONS),
+    "official": Preset(
+        NFTOptions(epochs=5, steps=200, cosine_to=0.02, eta="auto", floor_by="index"),
+        replace(_NEURONS, layers="norm", crop=4),
+    ),
+}
+"""``paper``: the supplementary, Sections 2.2 and 4 (momentum from the code: the paper says SGD). ``official``: the
+published ``Remove_Backdoor.py``, once its training loop, which stops at its first batch, is made to run."""
+
+
+@torch.enable_grad()
+def nft(
+    model: nn.Module,
+    clean_data: Any,
+    *,
+    preset: str = "paper",
+    on_epoch: OnEpoch | None = None,
+    **options: Any,
+) -> Purification:
+    """Purify a model by masks on its neurons, fine-tuned on clean images that are mixed with each other.
+
+        min over m in [μ(l), 1]: E L(f(λ x + (1 - λ) x'; m⊙w, b), λ y + (1 - λ) y') + η·Σ|1 - m|
+
+    A neuron is a channel of a batch norm's scale in a model with batch norms; otherwise a row of a convolution's or
+    linear layer's weight, or a channel of a layer norm: that is what ``layers="auto"`` means. The floor μ keeps early
+    layers near to what they were, and no neuron is pruned.
+
+    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; with statistics of batches, the user's running
+                statistics are left alone, and ``on_epoch`` measures the model in eval mode
+    preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
+    options:    single fields of :class:`NFTOptions` and :class:`maskops.purify.MaskSetting`
+    returns:    a :class:`maskops.purify.Purification`; the masks are soft
+    errors:     as in :func:`maskops.purify.awm`
+    source:     the supplementary, Section 2.2 (the loss is that of Zhang et al. 2018 on masks), and the published code
+                where that is silent
+
+    >>> images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
+    >>> convolutions = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    >>> net = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 2))
+    >>> result = nft(net, (images, labels), epochs=1, progress=False)
+    >>> result.masks["1.neuron_mask"]
+    tensor([1., 1., 1., 1.])
+    """
+    chosen, setting = settle("nft", PRESETS, preset, options)
+    batch_statistics = chosen.statistics == "batch"
+    biases = "tune" if chosen.tune_bias else None
+    run = MaskRun("nft", model, clean_data, setting, batch_statistics=batch_statistics, biases=biases)
+    chosen = chosen.for_labels(run.labels)
+    floors = run.arena.per_mask(_floors(run, chosen))
+    momentum = chosen.momentum
+    masks = MaskSGD(run.arena, lr=chosen.lr, momentum=momentum, l1=chosen.eta, toward=1.0, lower=floors)
+    optimizers: list[torch.optim.Optimizer] = [masks]
+    if run.biases:
+        optimizers.append(torch.optim.SGD(run.biases.values(), lr=chosen.lr, momentum=momentum))
+
+    for epoch in run.epochs(chosen.epochs):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = _learning_rate(epoch, chosen)
+        with run.phase("masks"):
+            for batch in run.batches(chosen.steps, chosen.batch_size):
+                mixed = _augmented(run, batch, chosen)
+                logits = run.logits(mixed.images)
+                own, other = F.cross_entropy(logits, mixed.labels), F.cross_entropy(logits, mixed.other_labels)
+                loss = mixed.weight * own + (1 - mixed.weight) * other
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step
+                    optimizer.zero_grad()
+                run.note("loss", loss)
+        run.report(on_epoch, epoch, run.model)
+
+    return run.finish(chosen)
+
+
+def _floors(run: MaskRun, options: NFTOptions) -> dict[str, float]:
+    """μ(l) of each mask; 1 for those of the first layer."""
+    layers = run.depths() if options.floor_by == "depth" else run.indices()
+    first = min(layers.values())
+    return {
+        name: 1.0 if layer == first else options.floor * math.exp(-options.floor_decay * (layer - first))
+        for name, layer in layers.items()
+    }
+
+
+def _learning_rate(epoch: int, options: NFTOptions) -> float:
+    if options.cosine_to is None:
+        return options.lr * options.lr_decay ** (epoch // options.lr_decay_epochs)
+    share = (1 + math.cos(math.pi * epoch / options.epochs)) / 2
+    return options.cosine_to + (options.lr - options.cosine_to) * share
+
+
+def _augmented(run: MaskRun, batch: Tensor, options: NFTOptions) -> augment.Mixed:
+    images, labels = run.sample(batch)
+    kind, generator = options.augmentation, run.generator
+    if kind in ("mixup", "cutmix"):
+        return getattr(augment, kind)(images, labels, generator, options.mixup_alpha)
+    if kind == "adversarial":
+        with run.frozen_masks():
+            images = augment.adversarial(run.logits, images, labels, generator)
+    elif kind != "none":
+        images = getattr(augment, kind)(images, generator)
+    return augment.Mixed(images, labels, labels, 1.0)
