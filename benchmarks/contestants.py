@@ -25,7 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, Problem, adam_state, result
 from benchmarks.published import Careful, Compiled, Eager, Official
 from maskops.optim import MaskAdam
-from maskops.purify._loop import Run, Setting
+from maskops.purify._masks import MaskRun
+from maskops.purify._setting import MaskSetting
 from maskops.purify.awm import PRESETS, _ascend
 
 
@@ -35,9 +36,9 @@ class Maskops:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         dtype = None if problem.dtype == torch.float32 else problem.dtype
-        setting = Setting(device=problem.device, dtype=dtype, progress=False)
-        self.run = Run("awm", problem.model, (problem.images, problem.labels), setting)
-        self.options = PRESETS["official"]
+        setting = MaskSetting(device=problem.device, dtype=dtype, progress=False)
+        self.run = MaskRun("awm", problem.model, (problem.images, problem.labels), setting)
+        self.options = PRESETS["official"].options
         self.masks = MaskAdam(self.run.arena, lr=LR, l1=GAMMA)
 
     @torch.no_grad()
@@ -63,7 +64,7 @@ class Maskops:
         batch = self.problem.indices[index]
         clean, labels = self.run.images[batch], self.run.labels[batch]
         perturbed = (clean + self.trigger.detach()).clamp(0, 1)
-        self.run.descend((ALPHA, clean, labels), (BETA, perturbed, labels))
+        self.run.descend((ALPHA, clean, labels), (BETA, perturbed, labels), together=clean.device.type != "cpu")
         self.masks.step()
 
     def result(self) -> dict[str, Tensor]:

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskops.backdoor import BadNetsSquare, Metrics, der, evaluate, parse, removed, target_labels
+from maskops.backdoor import (
+    BadNetsSquare,
+    Metrics,
+    Several,
+    der,
+    evaluate,
+    evaluate_several,
+    parse,
+    removed,
+    rir,
+    target_labels,
+)
 
 
 class ReadPrediction(nn.Module):
@@ -72,6 +83,82 @@ def test_only_target_class_has_no_asr_excl():
     metrics = measure([1, 1], [1, 1], [1, 0], 1)
     assert metrics.asr_all == 0.5
     assert math.isnan(metrics.asr_excl) and math.isnan(metrics.ra)
+
+
+def test_all_to_all_with_an_absent_class_by_hand():
+    metrics = measure([0, 2, 2, 2], [0, 2, 1, 2], [1, 0, 2, 1], rule="all_to_all")
+    assert metrics.acc == 0.75 and metrics.asr_all == metrics.asr_excl == 0.5
+    assert metrics.ra == 0.25  # the third image alone is still a 2
+    assert close(metrics.acc_per_class, [1.0, math.nan, 2 / 3])
+    assert close(metrics.asr_per_class, [1.0, math.nan, 1 / 3])
+
+
+def test_classes_beyond_the_labels_have_no_rate():
+    metrics = measure([0, 1], [0, 0], [1, 1], 1, num_classes=5)
+    assert close(metrics.acc_per_class, [1.0, 0.0, *[math.nan] * 3])
+    assert close(metrics.asr_per_class, [1.0, 1.0, *[math.nan] * 3])
+    assert (metrics.asr_all, metrics.asr_excl, metrics.ra) == (1, 1, 0)
+
+
+def test_nan_logits_of_all_to_all_by_hand():
+    class NoTwo(ReadPrediction):
+        def forward(self, images):
+            logits = super().forward(images)
+            return logits.masked_fill(logits[:, 2:] == 1, torch.nan)
+
+    images, labels = encode([0, 1, 2, 2], [1, 2, 0, 2]), torch.tensor([0, 1, 2, 2])
+    metrics = evaluate(NoTwo(), images, labels, swap, rule="all_to_all")
+    assert metrics.acc == 0.5
+    assert metrics.asr_all == metrics.asr_excl == 0.5  # the first and the third; the second's 2 is a NaN
+    assert metrics.ra == 0
+    assert close(metrics.asr_per_class, [1.0, 0.0, 0.5])
+
+
+def show(channel):
+    """A trigger that shows the model another channel, of images of ``encode_several``."""
+    return lambda images: images.roll(-channel, 1)
+
+
+def encode_several(*predictions):
+    """Images on which ReadPrediction says the first, and under show(i) the i-th of the others."""
+    return torch.tensor(predictions).T.reshape(-1, len(predictions), 1, 1) / 10
+
+
+def test_several_triggers_by_hand():
+    labels = torch.tensor([0, 1, 1, 2, 2])
+    # show(1) and then show(2) is show(3): what the model says under both triggers
+    images = encode_several([0, 1, 1, 2, 1], [0, 0, 1, 0, 2], [1, 1, 0, 0, 2], [0, 0, 1, 1, 2])
+    several = Several((show(1), show(2)))
+    measured = evaluate_several(ReadPrediction(), images, labels, several, 0, batch_size=2)
+    first, second = measured.each
+    assert first == evaluate(ReadPrediction(), images, labels, show(1), 0)
+    assert second == evaluate(ReadPrediction(), images, labels, show(2), 0)
+    assert (first.asr_all, first.asr_excl, first.ra) == (3 / 5, 2 / 4, 2 / 4)
+    assert (second.asr_all, second.asr_excl, second.ra) == (2 / 5, 2 / 4, 2 / 4)
+    any_of = measured.any_of
+    assert (any_of.acc, any_of.asr_all, any_of.asr_excl, any_of.ra) == (4 / 5, 4 / 5, 3 / 4, 1 / 4)
+    assert close(any_of.asr_per_class, [1.0, 1.0, 0.5])
+    assert measured.together == evaluate(ReadPrediction(), images, labels, several, 0)
+    assert (measured.together.asr_all, measured.together.asr_excl, measured.together.ra) == (2 / 5, 1 / 4, 2 / 4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), rule=st.sampled_from(["all_to_one", "all_to_all"]))
+def test_any_trigger_is_at_least_the_best_and_at_most_the_sum(data, rule):
+    rows = [data.draw(predictions) for _ in range(4)]
+    labels, target = torch.tensor([0, 1, 2] * 4), 0 if rule == "all_to_one" else None
+    several = Several((show(1), show(2), show(3)))
+    measured = evaluate_several(ReadPrediction(), encode_several(*rows), labels, several, target, rule=rule)
+    for rate in ("asr_all", "asr_excl"):
+        of_each = [getattr(one, rate) for one in measured.each]
+        assert max(of_each) - 1e-12 <= getattr(measured.any_of, rate) <= sum(of_each) + 1e-12
+    assert measured.any_of.ra <= min(one.ra for one in measured.each) + 1e-12
+    assert {one.acc for one in (*measured.each, measured.together)} == {measured.any_of.acc}
+
+
+def test_several_names_itself_in_errors():
+    with pytest.raises(ValueError, match=r"^evaluate_several: at least one image expected; got \(0, 1, 1, 1\)$"):
+        evaluate_several(ReadPrediction(), torch.zeros(0, 1, 1, 1), torch.zeros(0).long(), Several((swap,)), 0)
 
 
 def test_without_trigger_only_accuracy():
@@ -239,6 +326,46 @@ def test_der_by_hand(before, after, expected):
 def test_der_needs_an_asr(asr_excl):
     with pytest.raises(ValueError, match=r"^der: both measurements need an asr_excl; got 'ACC 90.0 %"):
         der(metrics_of(0.9, 1.0), metrics_of(0.9, asr_excl))
+
+
+def robust(acc, ra):
+    return Metrics(acc, 0.0, 0.0, ra, torch.zeros(0), torch.zeros(0))
+
+
+@pytest.mark.parametrize(
+    "before, after, expected",
+    [
+        ((0.9, 0.1), (0.9, 0.1), 0.5),
+        ((0.9, 0.0), (0.9, 1.0), 1.0),
+        ((0.9, 0.05), (0.8, 0.75), (0.7 - 0.1 + 1) / 2),
+        ((0.9, 0.5), (0.95, 0.3), 0.5),  # gains of acc are not rewarded, a falling ra is not punished
+        ((1.0, 0.2), (0.0, 0.0), 0.0),
+    ],
+)
+def test_rir_by_hand(before, after, expected):
+    assert rir(robust(*before), robust(*after)) == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rates=st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_der_and_rir_lie_in_the_unit_interval(rates):
+    acc_before, acc_after, before, after = rates
+    assert 0 <= der(metrics_of(acc_before, before), metrics_of(acc_after, after)) <= 1
+    assert 0 <= rir(robust(acc_before, before), robust(acc_after, after)) <= 1
+
+
+@pytest.mark.parametrize("ra", [None, math.nan])
+def test_rir_needs_an_ra(ra):
+    with pytest.raises(ValueError, match=r"^rir: both measurements need an ra; got 'ACC 90.0 %"):
+        rir(robust(0.9, ra), robust(0.9, 0.1))
+
+
+def test_ratings_of_measured_models_by_hand():
+    labels = [0, 1, 1, 2, 2]
+    before = measure(labels, [0, 1, 1, 2, 2], [0, 0, 0, 0, 2], 0)  # acc 1, asr_excl 3/4, ra 1/4
+    after = measure(labels, [0, 1, 1, 2, 0], [0, 1, 1, 0, 2], 0)  # acc 4/5, asr_excl 1/4, ra 3/4
+    assert der(before, after) == pytest.approx((0.5 - 0.2 + 1) / 2)
+    assert rir(before, after) == pytest.approx((0.5 - 0.2 + 1) / 2)
 
 
 def test_removed_is_below_one_and_a_half_times_chance():

@@ -1,5 +1,6 @@
 """The command line: what it writes and prints, and one line and an exit code for what it can't do."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,8 +15,10 @@ from maskops import demo
 from maskops.backdoor import evaluate
 from maskops.checkpoint import load_masks, load_state_dict, save_state_dict
 from maskops.cli import main, parser
+from maskops.purify.methods import METHODS
 
-QUICK = ["--epochs", "1", "--inner-steps", "1", "--outer-steps", "1", "--no-progress", "--device", "cpu"]
+ONE_EPOCH = ["--epochs", "1", "--no-progress", "--device", "cpu"]
+QUICK = [*ONE_EPOCH, "--inner-steps", "1", "--outer-steps", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def files(tmp_path_factory, backdoored_digits):
 def purify(files, tmp_path):
     """Runs ``purify`` on the digits with these options in place of, or beside, the usual ones."""
 
-    def run(*extra, **changes):
+    def run(*extra, quick=QUICK, **changes):
         options = {
             "arch": "maskops.demo:network",
             "checkpoint": files / "model.pth",
@@ -44,9 +47,42 @@ def purify(files, tmp_path):
             **changes,
         }
         given = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
-        return main(["purify", *given, *QUICK, *extra])
+        return main(["purify", *given, *quick, *extra])
 
     return run
+
+
+QUICK_STEPS = {"anp": "--steps 2 --number 3 --flip", "nft": "--steps 2 --augmentation cutmix", "swm": "--steps 2"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_options_and_writes_its_result(purify, tmp_path, method):
+    if method != "awm":
+        extra = QUICK_STEPS.get(method, "").split()
+        assert purify("--seed", "2", *extra, method=method, quick=ONE_EPOCH) == 0
+        options = json.loads((tmp_path / "out" / "result.json").read_text())["options"]
+        assert options["method"] == method and options["seed"] == 2
+        assert options.keys() >= {
+            field.name for part in METHODS[method].presets["paper"] for field in dataclasses.fields(part)
+        }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_help_of_every_method_explains_its_options(capsys, method):
+    with pytest.raises(SystemExit, match="0"):
+        main(["purify", "--method", method, "--help"])
+    printed = capsys.readouterr().out
+    assert " ".join(METHODS[method].title.split()) in " ".join(printed.split())
+    for part in METHODS[method].presets["paper"]:
+        for field in dataclasses.fields(part):
+            assert field.name == "folded" or f"--{field.name.replace('_', '-')}" in printed
+
+
+def test_a_method_that_is_not_there_is_refused_with_those_that_are(purify, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        purify(method="amw")
+    error = capsys.readouterr().err
+    assert all(name in error for name in METHODS) and error.count("\n") == 1
 
 
 def test_purify_writes_model_masks_numbers_and_a_picture(purify, tmp_path, capsys):
@@ -167,7 +203,7 @@ def test_a_run_that_fails_writes_nothing(purify, tmp_path, capsys, monkeypatch, 
     def fail(*args, **kwargs):
         raise raised
 
-    monkeypatch.setitem(__import__("maskops.cli.purify", fromlist=["_METHODS"])._METHODS, "awm", fail)
+    monkeypatch.setitem(METHODS, "awm", dataclasses.replace(METHODS["awm"], run=fail))
     assert purify() == code
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

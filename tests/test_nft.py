@@ -137,7 +137,9 @@ def test_a_vision_transformer_gets_masks_on_linear_layers_and_layer_norms():
     assert kinds == {nn.Conv2d, nn.Linear, nn.LayerNorm}
     patches = next(name for name in result.masks if "patch_embeddings" in name)
     assert (result.masks[patches] == 1).all()
-    moved = {type(model.get_submodule(name.rpartition(".")[0])) for name, mask in result.masks.items() if mask.min() < 1}
+    moved = {
+        type(model.get_submodule(name.rpartition(".")[0])) for name, mask in result.masks.items() if mask.min() < 1
+    }
     assert moved == {nn.Linear, nn.LayerNorm}
     torch.testing.assert_close(
         result.model.eval()(data[0]).logits,

@@ -1,34 +1,70 @@
 """Attacks to measure a purification against: triggers, poisoning and metrics. No defence imports this."""
 
-from maskops.backdoor.metrics import Metrics, der, evaluate, removed
-from maskops.backdoor.poison import Poisoned, poison, target_labels
+from maskops.backdoor.composite import Composite
+from maskops.backdoor.metrics import (
+    Metrics,
+    SeveralMetrics,
+    der,
+    evaluate,
+    evaluate_composite,
+    evaluate_several,
+    removed,
+    rir,
+)
+from maskops.backdoor.poison import Poisoned, poison, poison_clean_label, target_labels
 from maskops.backdoor.triggers import (
+    BPPA,
+    SIG,
     TRIGGERS,
     Additive,
     BadNetsCheckerboard,
     BadNetsSquare,
     Blend,
+    BlendNoise,
+    DecoyTrigger,
+    FourCorners,
     L0Inv,
+    Several,
+    SIGWrapped,
+    StyleStandIn,
     Trigger,
+    WaNet,
     parse,
     pattern_from_file,
+    uniform_noise_pattern,
 )
 
 __all__ = [
+    "BPPA",
+    "SIG",
     "TRIGGERS",
     "Additive",
     "BadNetsCheckerboard",
     "BadNetsSquare",
     "Blend",
+    "BlendNoise",
+    "Composite",
+    "DecoyTrigger",
+    "FourCorners",
     "L0Inv",
     "Metrics",
     "Poisoned",
+    "SIGWrapped",
+    "Several",
+    "SeveralMetrics",
+    "StyleStandIn",
     "Trigger",
+    "WaNet",
     "der",
     "evaluate",
+    "evaluate_composite",
+    "evaluate_several",
     "parse",
     "pattern_from_file",
     "poison",
+    "poison_clean_label",
     "removed",
+    "rir",
     "target_labels",
+    "uniform_noise_pattern",
 ]

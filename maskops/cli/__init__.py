@@ -21,8 +21,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {_one_line(message)} (see {self.prog} --help)\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; ``arguments.run(arguments)`` runs what was asked for."""
+def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the whole command line; ``arguments.run(arguments)`` runs what was asked for.
+
+    argv: what will be parsed: it decides which method's options ``purify`` has
+    """
     of_all = _Parser(prog="maskops", description="Remove backdoors from PyTorch models by masks on their weights.")
     of_all.add_argument("--version", action="version", version=f"maskops {__version__}")
     commands = of_all.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -30,13 +33,14 @@ def parser() -> argparse.ArgumentParser:
         text = module.__doc__.splitlines()[0]
         of_one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         of_one.set_defaults(run=module.run, prog=of_one.prog)
-        module.add_arguments(of_one)
+        module.add_arguments(of_one, argv)
     return of_all
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser(argv).parse_args(argv)
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -13,7 +14,7 @@ from maskops._dispatch import BACKENDS, OPS, why_not
 from maskops.cli.options import best_device
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """None: there is nothing to choose."""
 
 

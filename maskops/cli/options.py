@@ -49,12 +49,13 @@ def field_texts(dataclass: Any) -> dict[str, str]:
     """
     names = [field.name for field in fields(dataclass)]
     name = f"(?:{'|'.join(names)})"
-    paragraphs = re.split(rf"^ +({name}(?:, {name})*): +", dataclass.__doc__, flags=re.MULTILINE)[1:]
-    texts = {
-        name: " ".join(re.sub(r"``\"?|\"?``", "", text).split())
-        for listed, text in zip(paragraphs[::2], paragraphs[1::2], strict=True)
-        for name in listed.split(", ")
-    }
+    kind = dataclass if isinstance(dataclass, type) else type(dataclass)
+    texts = {}
+    for documented in kind.__mro__[:-1]:
+        paragraphs = re.split(rf"^ +({name}(?:, {name})*): +", documented.__doc__, flags=re.MULTILINE)[1:]
+        for listed, text in zip(paragraphs[::2], paragraphs[1::2], strict=True):
+            for field in listed.split(", "):
+                texts.setdefault(field, " ".join(re.sub(r"``\"?|\"?``", "", text).split()))
     for name in names:
         if name not in texts:
             texts[name] = f"see {next(other for other, text in texts.items() if name in text)}"
@@ -124,6 +125,8 @@ def _names(text: str) -> list[str]:
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "N"),
     "float": (float, "X"),
+    "int | None": (int, "N"),
+    "float | None": (float, "X"),
     "str": (str, "NAME"),
     "int | Auto": (_or_auto(int), "N"),
     "float | Auto": (_or_auto(float), "X"),

@@ -20,17 +20,18 @@ from maskops.backdoor import Metrics, der, evaluate, parse
 from maskops.checkpoint import CheckpointError, load_state_dict
 from maskops.cli.options import add_options, best_device, given
 from maskops.data import Pair, load_images, one_shot, split
-from maskops.purify import AWMOptions, Purification, Setting, awm
-from maskops.purify.awm import PRESETS
+from maskops.purify import Purification
+from maskops.purify.methods import METHODS
 
-_METHODS = {"awm": awm}
 _CLI_DEVICE = "where to run (default: the GPU if there is one, else the CPU)"
 _NAMED_KEYS = 4
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    method = _method(argv)
     inputs = parser.add_argument_group("the model and the images")
-    inputs.add_argument("--method", choices=_METHODS, default="awm", help="default: awm")
+    titles = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
+    inputs.add_argument("--method", choices=METHODS, default="awm", help=f"{titles} (default: awm)")
     known = ", ".join(models.ARCHITECTURES)
     inputs.add_argument(
         "--arch", required=True, help=f"{known}, or package.module:callable, which is imported and called"
@@ -47,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen = inputs.add_mutually_exclusive_group()
     chosen.add_argument("--n", type=int, help="how many of them, drawn by --seed (default: all)")
     chosen.add_argument(
-        "--one-shot", action="store_true", help="one of each class, drawn by --seed, and nine augmented copies of each"
+        "--one-shot",
+        action="store_true",
+        help="one of each class, drawn by --seed, and nine augmented copies of each, mirrored ones unless --no-flip",
     )
-    inputs.add_argument("--no-flip", action="store_true", help="no mirrored copies in --one-shot (digits, signs)")
     inputs.add_argument("--size", type=int, metavar="N", help="resize the images of class folders to N x N")
 
     measuring = parser.add_argument_group("measuring", "The purification sees none of these.")
@@ -64,15 +66,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the results go")
     output.add_argument("--overwrite", action="store_true", help="replace results in a folder that isn't empty")
 
-    options = parser.add_argument_group("options of AWM")
-    options.add_argument("--preset", choices=PRESETS, default="paper", help="where the values begin (default: paper)")
-    add_options(options, PRESETS)
+    presets = METHODS[method].presets
+    options = parser.add_argument_group(f"options of {METHODS[method].title}", "Other methods: --method NAME --help.")
+    options.add_argument("--preset", choices=presets, default="paper", help="where the values begin (default: paper)")
+    add_options(options, {name: preset.options for name, preset in presets.items()})
+    settings = {name: preset.setting for name, preset in presets.items()}
     # the folder gets plain layers and the masks, so there is no choice to make
-    add_options(parser.add_argument_group("setting"), {"default": Setting()}, {"folded"}, {"device": _CLI_DEVICE})
+    add_options(parser.add_argument_group("setting"), settings, {"folded"}, {"device": _CLI_DEVICE})
+
+
+def _method(argv: Sequence[str]) -> str:
+    """The method in a command line; the default's name where there is none, or one that the parser will refuse."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method", nargs="?")
+    method = parser.parse_known_args(list(argv))[0].method
+    return method if method in METHODS else "awm"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    changes = {"device": best_device(), **given(arguments, AWMOptions, Setting)}
+    method = METHODS[arguments.method]
+    changes = {"device": best_device(), **given(arguments, *method.presets["paper"])}
     for one, other in (("trigger", "target"), ("mean", "std")):
         if (getattr(arguments, one, None) is None) != (getattr(arguments, other, None) is None):
             raise ValueError(f"--{one} and --{other} belong together")
@@ -80,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {arguments.out} is not empty; name another folder, or give --overwrite")
     with report.results_folder(arguments.out) as folder:
         model = _load_model(arguments).to(changes["device"])
-        clean, evaluation = _load_data(arguments, changes.get("seed", Setting.seed))
+        clean, evaluation = _load_data(arguments, changes.get("seed", method.presets["paper"].setting.seed))
         _check_channels(clean[0].shape[1], changes)
         measure = partial(_measure, arguments, evaluation, changes)
         before = measure(model)
@@ -90,8 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             if arguments.curves:
                 curves.append(evaluate(working, *evaluation, arguments.trigger, arguments.target))
 
-        method = _METHODS[arguments.method]
-        result = method(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
+        result = method.run(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
         after = measure(result.model)
         inputs = {name: str(getattr(arguments, name)) for name in ("arch", "checkpoint", "clean", "eval", "trigger")}
         notes = {"inputs": {**inputs, "target": arguments.target, "clean_images": len(clean[1])}}
@@ -167,7 +179,7 @@ def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
         raise ValueError(f"--n must be at least 1; got {count}")
     generator = torch.Generator().manual_seed(seed)
     if arguments.one_shot:
-        clean = one_shot(images, labels, images.shape[-1], generator, flip=not arguments.no_flip)
+        clean = one_shot(images, labels, images.shape[-1], generator, flip=getattr(arguments, "flip", True))
         originals = clean[0][: len(labels.unique())]
     else:
         clean = split(images, labels, count, generator)[0]

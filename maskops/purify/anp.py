@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +24,14 @@ class ANPOptions:
     alpha:        weight of the clean loss; the perturbed loss has 1 - alpha
     epsilon:      ε, bound of the noise δ on the masks and ξ on the biases
     noise_steps:  ascent steps of the noise per mask step, each of size ε / noise_steps, from a uniformly random start
-    project:      after each, bring the noise back into [-ε, ε]; the published code doesn't, so that its noise reaches 2 ε
+    project:      after each, bring the noise back into [-ε, ε]; the published code doesn't: its noise reaches 2 ε
     epochs, steps: mask steps are epochs * steps; the history has one number per epoch
     batch_size:   b, at most n
     lr, momentum: η, and of SGD on the masks
     statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on), as
                   published; ``"running"``: in eval mode
-    threshold:    neurons whose mask is at most this are pruned; ``"auto"``: the largest of 0, 0.05, …, 0.95 that costs at
-                  most ``budget`` of the accuracy on clean images that are held out from the masks
+    threshold:    neurons whose mask is at most this are pruned, none at -1; ``"auto"``: the largest of 0, 0.05, …, 0.95 that
+                  costs at most ``budget`` of the accuracy on clean images that are held out from the masks
     number, fraction: prune that many, or that share, of the neurons with the smallest masks instead; None for neither
     budget:       accuracy, as a fraction of 1, that ``threshold="auto"`` may cost
     held_out:     share of the clean images that ``threshold="auto"`` holds out
@@ -61,7 +62,7 @@ class ANPOptions:
             number("anp", self, name, int, 1)
         choice("anp", self, "project", (True, False))
         choice("anp", self, "statistics", ("batch", "running"))
-        number("anp", self, "threshold", float, 0, 1, auto=True)
+        number("anp", self, "threshold", float, -1, 1, auto=True)
         optional("anp", self, "number", int, 0)
         optional("anp", self, "fraction", float, 0, 1)
         if self.number is not None and self.fraction is not None:
@@ -94,9 +95,9 @@ def anp(
 ) -> Purification:
     """Purify a model by pruning neurons that are sensitive to adversarial noise on neurons.
 
-        min over m in [0, 1]: α·E L(f(x; m⊙w, b), y) + (1 - α)·max over δ, ξ in [-ε, ε]: E L(f(x; (m + δ)⊙w, (1 + ξ)⊙b), y)
+        min over m in [0, 1]: α·E L(f(x; m⊙w, b), y) + (1 - α)·max over δ, ξ: E L(f(x; (m + δ)⊙w, (1 + ξ)⊙b), y)
 
-    and then every neuron with a small m is cut out of the original weights; biases stay.
+    with δ and ξ in [-ε, ε], and then every neuron with a small m is cut out of the original weights; biases stay.
 
     A neuron is a channel of a batch norm's scale and shift in a model with batch norms, because noise on a convolution
     before one would cancel out; otherwise a row of a convolution's or linear layer's weight with its bias, or a channel
@@ -142,17 +143,14 @@ def anp(
                 run.note("perturbed loss", losses[1])
         run.report(on_epoch, epoch, run.model)
 
-    return run.finish(chosen, pruned=_pruned(run, chosen, held_out))  # lines 13, 14
+    if held_out is not None:
+        chosen = replace(chosen, threshold=threshold_within(chosen.budget, run, *held_out))
+    return run.finish(chosen, pruned=_pruned(run.arena.masks, chosen))  # lines 13, 14
 
 
-def _pruned(run: MaskRun, options: ANPOptions, held_out: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    scores = run.arena.masks
+def _pruned(scores: Mapping[str, Tensor], options: ANPOptions) -> dict[str, Tensor]:
     if options.number is not None:
         return kept(scores, number=options.number)
     if options.fraction is not None:
         return kept(scores, fraction=options.fraction)
-    threshold = options.threshold
-    if held_out is not None:
-        threshold = threshold_within(options.budget, run, *held_out)
-        run.history["threshold"] = [threshold]
-    return kept(scores, threshold=threshold)
+    return kept(scores, threshold=options.threshold)

@@ -113,8 +113,8 @@ PRESETS = {
     ),
     "swm_atr": Preset(AWMOptions(gamma=0.0), MaskSetting()),
 }
-"""``paper``: Algorithm 1, Appendix A and Table 7. ``official``: the published ``main.py`` with its defaults. ``swm_atr``:
-soft weight masks and trigger recovery without the L1 term (Eq. 4.3, the third column of Table 4)."""
+"""``paper``: Algorithm 1, Appendix A and Table 7. ``official``: the published ``main.py`` with its defaults.
+``swm_atr``: soft weight masks and trigger recovery without the L1 term (Eq. 4.3, the third column of Table 4)."""
 
 
 @torch.enable_grad()

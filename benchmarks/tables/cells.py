@@ -1,0 +1,162 @@
+"""What a table consists of: one cell for each network, attack, number of clean images, method and seed."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskops.purify.methods import METHODS
+
+PAPERS = Path(__file__).parent / "papers"
+TABLES = {
+    "awm1": "AWM Table 1: small VGG and ResNet-18, 5000 to 50 images",
+    "awm2": "AWM Table 2: one-shot (the paper's figures are ResNet-18's)",
+    "awm4": "AWM Table 4: from ANP to AWM",
+    "awm5": "AWM Table 5: constraints on the trigger and the masks",
+    "awm9": "AWM Table 9: masks on one layer (the paper's figures are GTSRB's)",
+    "awm10": "AWM Table 10: several triggers at once",
+    "anp1": "ANP Table 1: ResNet-18, 500 images",
+    "anp3": "ANP Tables 3 and 4: noise steps",
+    "nft1": "NFT, comparison on CIFAR-10 (supplementary, Table 6)",
+    "nft7": "NFT Table 7: augmentations",
+    "nft15": "NFT Table 15: architectures",
+}
+ASR_EXCL = ("anp1", "anp3", "nft1", "nft7", "nft15")
+"""Tables whose ASR leaves out images of the target class; the others' counts all."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "awm:no_clip": {"projection": "none"},
+    "awm:no_shrink": {"gamma": 0.0},
+    "awm:no_clip_no_shrink": {"projection": "none", "gamma": 0.0},
+    "awm:l2": {"projection": "l2"},
+    "awm:l2_penalty": {"projection": "none", "trigger_penalty": 1.0},
+    **{f"awm:layer_{index + 1}": {"include": name} for index, name in enumerate(("0", "3", "8", "11", "16", "19"))},
+    "ft:lr_0.02": {"lr": 0.02},
+    **{
+        f"anp:epsilon_{epsilon}_steps_{steps}": {"epsilon": epsilon, "noise_steps": steps}
+        for epsilon in (0.1, 0.4)
+        for steps in (1, 2, 5, 10)
+    },
+    **{f"nft:{name}": {"augmentation": name} for name in ("randaugment", "cutmix", "augmix", "cutout", "adversarial")},
+}
+"""What a paper's row changes in a method."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a method, its changes to the preset included."""
+
+    table: str
+    net: str
+    attack: str
+    n: str
+    method: str
+    seed: int
+    preset: str
+    changes: dict[str, Any] = field(hash=False)
+
+    @property
+    def algorithm(self) -> str:
+        return METHOD_OF.get(self.method, self.method.partition(":")[0])
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        parts = (self.net, self.attack, self.n, self.method, self.seed, self.preset, described(self.changes))
+        return tuple(map(str, parts))
+
+
+METHOD_OF = {"swm_atr": "awm"}
+
+
+def described(changes: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in sorted(changes.items()))
+
+
+def explained() -> str:
+    return "; ".join(f"{name}: {title}" for name, title in TABLES.items())
+
+
+def figures(table: str) -> dict[tuple[str, str, str, str], tuple[float, float]]:
+    """(net, attack, n, method) -> the paper's ACC and ASR in percent; method "none" is the model as it was."""
+    with open(PAPERS / f"{table}.csv", encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return {
+            (row["net"], row["attack"], row["n"], row["method"]): (float(row["acc"]), float(row["asr"])) for row in rows
+        }
+
+
+def figure(paper: dict, net: str, attack: str, n: str, method: str) -> tuple[float, float] | None:
+    """The paper's ACC and ASR; those of another network where the table has none of this one."""
+    others = (value for key, value in paper.items() if key[1:] == (attack, n, method))
+    return paper.get((net, attack, n, method)) or next(others, None)
+
+
+def choose(options: argparse.Namespace) -> list[Cell]:
+    """The cells that the command line asks for, those of one subject one after the other."""
+    paper = figures(options.table)
+    nets, attacks, counts, methods = (
+        _chosen(options, name, list(dict.fromkeys(key[index] for key in paper if key[3] != "none")))
+        for index, name in enumerate(("net", "attack", "n", "method"))
+    )
+    unknown = [name for name in methods if METHOD_OF.get(name, name.partition(":")[0]) not in METHODS]
+    unknown += [name for name in methods if ":" in name and name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"unknown methods: {', '.join(unknown)}; known: {', '.join(METHODS)} and the table's variants")
+    presets = dict(_split(text, "=") for text in options.preset)
+    changes = _changes(options.set)
+    cells = [
+        _cell(options.table, (net, attack, n, method), seed, presets, changes)
+        for net in nets
+        for attack in attacks
+        for n in counts
+        for method in methods
+        for seed in options.seed
+    ]
+    if not cells:
+        raise ValueError(f"{options.table} has no such part")
+    return cells
+
+
+def subjects(cells: Iterable[Cell]) -> list[tuple[str, str]]:
+    """The networks and attacks, each pair once; ``several:…`` are measurements of one attack."""
+    return list(dict.fromkeys((cell.net, cell.attack.partition(":")[0]) for cell in cells))
+
+
+def _chosen(options: argparse.Namespace, name: str, of_table: list[str]) -> list[str]:
+    """What was asked for, else what the table has. Measurements of one attack, as ``several:any``, are one run."""
+    of_table = list(dict.fromkeys(value.partition(":")[0] for value in of_table)) if name == "attack" else of_table
+    return getattr(options, name) or of_table
+
+
+def _cell(table, place, seed, presets, changes) -> Cell:
+    net, attack, n, method = place
+    algorithm = METHOD_OF.get(method, method.partition(":")[0])
+    preset = "swm_atr" if method == "swm_atr" else presets.get(algorithm, "paper")
+    merged = {**changes.get(algorithm, {}), **VARIANTS.get(method, {})}
+    if "include" in merged:
+        merged["include"] = f"features.{merged['include']}"
+    return Cell(table, net, attack, n, method, seed, preset, merged)
+
+
+def _changes(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    changes: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, value = _split(text, "=")
+        method, option = _split(name, ".")
+        with contextlib.suppress(SyntaxError, ValueError):  # else it is text
+            value = ast.literal_eval(value)
+        changes.setdefault(method, {})[option] = value
+    return changes
+
+
+def _split(text: str, separator: str) -> tuple[str, str]:
+    left, found, right = text.partition(separator)
+    if not (left and found and right):
+        raise ValueError(f"expected {'METHOD=PRESET' if separator == '=' else 'METHOD.OPTION=VALUE'}; got {text!r}")
+    return left, right
