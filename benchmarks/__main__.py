@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: ``awm`` and ``ops`` measure, ``tables`` repeats papers' tables, ``report`` writes the README."""
+"""``python -m benchmarks``: ``awm`` and ``ops`` measure, ``tables`` repeats papers, ``report`` writes the README."""
 
 from __future__ import annotations
 

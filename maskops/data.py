@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from maskops.cifar import is_cifar, read_cifar
+
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
 NPZ_PAIRS = {
@@ -60,7 +62,8 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
 
     path:    ``file.npz`` with ``images``/``labels``, ``x``/``y``, ``x_test``/``y_test`` or ``x_train``/``y_train``;
              where it holds several, ``file.npz:test``, ``:train``, ``:x`` or ``:images`` says which. Or a folder: its
-             folders, sorted as text, are the classes 0, 1, …, empty ones too; files that are no images are ignored
+             folders, sorted as text, are the classes 0, 1, …, empty ones too; files that are no images are ignored. Or
+             CIFAR's own folder, as torchvision leaves it: ``cifar-10-batches-py:train``, ``cifar-100-binary:test``, …
     size:    images of a folder are resized to size x size (bilinear); None: they must all have one size
     returns: as as_tensors
     errors:  ValueError, one line that names the file, ImportError where a folder is read without Pillow
@@ -74,12 +77,13 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
     """
     if size is not None and size < 1:
         raise ValueError(f"load_images: size must be at least 1; got {size}")
-    archive = re.fullmatch(r"(.+\.npz)(?::(\w+))?", os.fspath(path))
-    if archive is None:
+    file, part = re.fullmatch(r"(.*?)(?::(\w+))?", os.fspath(path), re.DOTALL).groups()
+    arrays = file.endswith(".npz") or is_cifar(Path(file))
+    if not arrays:
         return _load_folder(Path(path), size)
     if size is not None:
         raise ValueError(f"load_images: size is for folders of images; got size={size} and {path}")
-    return _load_npz(Path(archive[1]), archive[2])
+    return _load_npz(Path(file), part) if file.endswith(".npz") else _load_cifar(Path(file), part)
 
 
 def split(images: Tensor, labels: Tensor, n: int, generator: Generator) -> tuple[Pair, Pair]:
@@ -266,6 +270,13 @@ def _npz_names(path: Path, files: Sequence[str], wanted: str | None) -> tuple[st
         expected = " or ".join("/".join(pair) for pair in NPZ_PAIRS.values())
         raise ValueError(f"load_images: {path} must hold {expected}; it holds {', '.join(files) or 'nothing'}")
     return NPZ_PAIRS[found[0]]
+
+
+def _load_cifar(folder: Path, part: str | None) -> Pair:
+    if part not in ("train", "test"):
+        found = "holds several sets of images" if part is None else f"holds no {part!r}"
+        raise ValueError(f"load_images: {folder} {found}; choose {folder}:train or {folder}:test")
+    return _checked(f"load_images: {folder}", *read_cifar(folder, part))
 
 
 def _load_folder(folder: Path, size: int | None) -> Pair:

@@ -126,6 +126,8 @@ def write(
 ) -> str | None:
     """Write ``model.safetensors``, ``masks.safetensors``, ``result.json`` and ``report.png``.
 
+    No masks are written for a method without; for one that prunes, also ``scores.safetensors``.
+
     images:  a few clean images for the picture, (N, C, H, W) in [0, 1]
     curves:  measurements after each epoch
     notes:   more entries of result.json, of plain values
@@ -133,7 +135,9 @@ def write(
     """
     options = _plain(result.options)
     save_state_dict(folder / "model.safetensors", result.model.state_dict())
-    save_masks(folder / "masks.safetensors", result.masks, options)
+    for name, tensors in (("masks", result.masks), ("scores", result.scores)):
+        if tensors:
+            save_masks(folder / f"{name}.safetensors", tensors, options)
     content = {
         **(notes or {}),
         "before": before,
@@ -191,14 +195,18 @@ def picture(
     figure = Figure(figsize=(12, 7.6), dpi=120, layout="constrained")
     figure.suptitle(_title(result, before, after), fontsize=12)
     top: list[Callable[[SubFigure], None]] = [partial(_draw_losses, history=result.history)]
-    bottom: list[Callable[[SubFigure], None]] = [partial(_draw_masks, masks=result.masks)]
+    bottom: list[Callable[[SubFigure], None]] = []
+    if result.masks:
+        pruned = result.scores is not None
+        bottom.append(partial(_draw_masks, masks=result.scores if pruned else result.masks, before_pruning=pruned))
     if before is not None and after is not None:
         top.append(partial(_draw_rates, before=before, after=after, curves=curves))
     if result.trigger is not None:
         top.append(partial(_draw_trigger, trigger=result.trigger[0]))
     if result.trigger is not None and images is not None:
         bottom.insert(0, partial(_draw_images, images=images[:_SHOWN].cpu(), trigger=result.trigger))
-    for row, draws in zip(figure.subfigures(2, 1, hspace=0.05), (top, bottom), strict=True):
+    rows = [draws for draws in (top, bottom) if draws]
+    for row, draws in zip(np.atleast_1d(figure.subfigures(len(rows), 1, hspace=0.05)), rows, strict=True):
         for panel, draw in zip(np.atleast_1d(row.subfigures(1, len(draws), wspace=0.04)), draws, strict=True):
             draw(panel)
     figure.savefig(path, format="png")
@@ -217,7 +225,8 @@ def _draw_losses(panel: SubFigure, history: Mapping[str, Sequence[float]]) -> No
     axes = _axes(panel, "Losses", "epoch", "mean cross entropy")
     for (name, values), (colour, dashes) in zip(history.items(), cycle(_LINES)):
         axes.plot(range(1, len(values) + 1), values, dashes, color=colour, label=name, **_markers(values))
-    axes.set_yscale("log")  # the inner loss begins orders of magnitude above the others
+    if all(value > 0 for values in history.values() for value in values):
+        axes.set_yscale("log")  # the inner loss begins orders of magnitude above the others
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -259,13 +268,12 @@ def _draw_images(panel: SubFigure, images: Tensor, trigger: Tensor) -> None:
         axes.set_axis_off()
 
 
-def _draw_masks(panel: SubFigure, masks: Mapping[str, Tensor]) -> None:
+def _draw_masks(panel: SubFigure, masks: Mapping[str, Tensor], before_pruning: bool = False) -> None:
     """One row of colours per layer: a histogram for each stays readable with a hundred layers."""
     from matplotlib.colors import LogNorm
 
-    axes = _axes(
-        panel, "Masks: how the values of each layer are distributed", "mask value (1: weight kept, 0: removed)"
-    )
+    title = "Masks: how the values of each layer are distributed" + (", before pruning" if before_pruning else "")
+    axes = _axes(panel, title, "mask value (1: weight kept, 0: removed)")
     values = [mask.detach().float().flatten().numpy() for mask in masks.values()]
     low, high = min(0.0, *(array.min() for array in values)), max(1.0, *(array.max() for array in values))
     shares = np.stack([np.histogram(array, 20, (low, high))[0] * 100 / array.size for array in values])

@@ -64,9 +64,7 @@ def test_the_l1_term_may_pull_toward_one(kind):
 def test_noise_in_the_arena_climbs_by_its_gradients_sign(shapes):
     weights = {"conv": torch.randn(4, 3, 3, 3), "linear": torch.randn(2, 5)}
     sizes = {"conv": (4, 1, 1, 1), "linear": (2, 1)}
-    masks = {
-        name: torch.rand(sizes[name] if shapes == "neuron" else weight.shape) for name, weight in weights.items()
-    }
+    masks = {name: torch.rand(sizes[name] if shapes == "neuron" else weight.shape) for name, weight in weights.items()}
     arena = MaskArena(weights, masks)
     arena.draw_noise(0.3, torch.Generator().manual_seed(0))
     arena.draw_noise(0.3, torch.Generator().manual_seed(1))

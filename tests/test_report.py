@@ -1,5 +1,6 @@
 """The picture, the table and the folder of results."""
 
+import dataclasses
 import json
 
 import pytest
@@ -38,6 +39,22 @@ def test_the_picture_takes_what_there_is(purified, tmp_path, parts):
     given = {"before": before, "after": after, "images": images, "curves": curves}
     report.picture(result, tmp_path / "report.png", **dict(list(given.items())[:parts]))
     assert is_a_picture(tmp_path / "report.png")
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_methods_without_masks_and_those_that_prune_are_written_too(purified, tmp_path, scores):
+    result, before, after, images, curves = purified
+    masks = {name: mask.round() for name, mask in result.masks.items()} if scores else {}
+    other = {"masks": masks, "scores": result.masks if scores else None, "trigger": None}
+    history = {"loss": [1.0, -2.0]}
+    result = dataclasses.replace(result, history=history, **other)
+    assert report.write(tmp_path, result, before, after, images, curves=curves) is None
+    assert is_a_picture(tmp_path / "report.png")
+    named = {path.name for path in tmp_path.iterdir()}
+    assert named >= {"model.safetensors", "result.json"}
+    assert named & {"masks.safetensors", "scores.safetensors"} == (
+        {"masks.safetensors", "scores.safetensors"} if scores else set()
+    )
 
 
 def test_the_picture_leaves_matplotlibs_settings_alone(purified, tmp_path):

@@ -19,7 +19,7 @@ MODULES = {
 }
 ROOMS = ("backends", "_dispatch", "_ops", "functional", "nn", "lower", "purify", "report", "demo", "cli", "__main__")
 """From the bottom to the top; a room imports from those below it."""
-LOWER = ("augment", "data", "checkpoint", "convert", "optim", "lean", "arena", "backdoor", "models")
+LOWER = ("augment", "cifar", "data", "checkpoint", "convert", "optim", "lean", "arena", "backdoor", "models")
 """The rooms side by side under purify."""
 OPTIONAL = ("safetensors", "tqdm", "triton", "matplotlib", "sklearn", "PIL", "transformers", "torchvision", "timm")
 

@@ -26,6 +26,7 @@ TABLES = {
     "nft1": "NFT, comparison on CIFAR-10 (supplementary, Table 6)",
     "nft7": "NFT Table 7: augmentations",
     "nft15": "NFT Table 15: architectures",
+    "digits": "Every method on the demo's networks, which read handwritten digits; of no paper",
 }
 ASR_EXCL = ("anp1", "anp3", "nft1", "nft7", "nft15")
 """Tables whose ASR leaves out images of the target class; the others' counts all."""
@@ -63,7 +64,7 @@ class Cell:
 
     @property
     def algorithm(self) -> str:
-        return METHOD_OF.get(self.method, self.method.partition(":")[0])
+        return settings(self.method)[0]
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -71,7 +72,14 @@ class Cell:
         return tuple(map(str, parts))
 
 
-METHOD_OF = {"swm_atr": "awm"}
+def settings(method: str) -> tuple[str, str, dict[str, Any]]:
+    """The name in METHODS, the preset and the changes that a row of a table stands for."""
+    if method == "swm_atr":
+        return "awm", "swm_atr", {}
+    changes = dict(VARIANTS.get(method, {}))
+    if "include" in changes:
+        changes["include"] = f"features.{changes['include']}"
+    return method.partition(":")[0], "paper", changes
 
 
 def described(changes: dict[str, Any]) -> str:
@@ -84,11 +92,12 @@ def explained() -> str:
 
 def figures(table: str) -> dict[tuple[str, str, str, str], tuple[float, float]]:
     """(net, attack, n, method) -> the paper's ACC and ASR in percent; method "none" is the model as it was."""
+    if not (PAPERS / f"{table}.csv").exists():
+        return {}
     with open(PAPERS / f"{table}.csv", encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
-        return {
-            (row["net"], row["attack"], row["n"], row["method"]): (float(row["acc"]), float(row["asr"])) for row in rows
-        }
+        places = ((tuple(row[name] for name in ("net", "attack", "n", "method")), row) for row in rows)
+        return {place: (float(row["acc"]), float(row["asr"])) for place, row in places}
 
 
 def figure(paper: dict, net: str, attack: str, n: str, method: str) -> tuple[float, float] | None:
@@ -97,15 +106,20 @@ def figure(paper: dict, net: str, attack: str, n: str, method: str) -> tuple[flo
     return paper.get((net, attack, n, method)) or next(others, None)
 
 
+def places(table: str) -> list[tuple[str, str, str, str]]:
+    """(net, attack, n, method) of every run that makes up a table."""
+    if table == "digits":
+        return [("digits", f"square_{seed}", "100", method) for seed in range(3) for method in METHODS]
+    return [place for place in figures(table) if place[3] != "none"]
+
+
 def choose(options: argparse.Namespace) -> list[Cell]:
     """The cells that the command line asks for, those of one subject one after the other."""
-    paper = figures(options.table)
     nets, attacks, counts, methods = (
-        _chosen(options, name, list(dict.fromkeys(key[index] for key in paper if key[3] != "none")))
+        _chosen(options, name, list(dict.fromkeys(place[index] for place in places(options.table))))
         for index, name in enumerate(("net", "attack", "n", "method"))
     )
-    unknown = [name for name in methods if METHOD_OF.get(name, name.partition(":")[0]) not in METHODS]
-    unknown += [name for name in methods if ":" in name and name not in VARIANTS]
+    unknown = [name for name in methods if settings(name)[0] not in METHODS or (":" in name and name not in VARIANTS)]
     if unknown:
         raise ValueError(f"unknown methods: {', '.join(unknown)}; known: {', '.join(METHODS)} and the table's variants")
     presets = dict(_split(text, "=") for text in options.preset)
@@ -136,12 +150,10 @@ def _chosen(options: argparse.Namespace, name: str, of_table: list[str]) -> list
 
 def _cell(table, place, seed, presets, changes) -> Cell:
     net, attack, n, method = place
-    algorithm = METHOD_OF.get(method, method.partition(":")[0])
-    preset = "swm_atr" if method == "swm_atr" else presets.get(algorithm, "paper")
-    merged = {**changes.get(algorithm, {}), **VARIANTS.get(method, {})}
-    if "include" in merged:
-        merged["include"] = f"features.{merged['include']}"
-    return Cell(table, net, attack, n, method, seed, preset, merged)
+    algorithm, preset, own = settings(method)
+    preset = presets.get(algorithm, preset) if preset == "paper" else preset
+    own |= {"flip": False} if net == "digits" else {}  # a mirrored digit is another, or none
+    return Cell(table, net, attack, n, method, seed, preset, {**changes.get(algorithm, {}), **own})
 
 
 def _changes(texts: Iterable[str]) -> dict[str, dict[str, Any]]:

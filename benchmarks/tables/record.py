@@ -16,6 +16,7 @@ from maskops import __version__
 from maskops.backdoor import Metrics
 
 KEY = ("net", "attack", "n", "method", "seed", "preset", "changes")
+_OTHER_MODELS = "The paper's ASR is this package's `{}`; its models are other ones than these. "
 COLUMNS = (
     *("net", "attack", "n", "method", "seed", "preset", "changes", "part"),
     *("acc_before", "asr_all_before", "acc", "asr_all", "asr_excl", "ra"),
@@ -72,11 +73,11 @@ def markdown(folder: Path, table: str) -> str:
         groups.setdefault(place, []).append(row)
     asr = "asr_excl" if table in ASR_EXCL else "asr_all"
     other = "asr_all" if asr == "asr_excl" else "asr_excl"
+    about = _OTHER_MODELS.format(asr) if paper else ""
     lines = [
         f"# {TABLES[table]}",
         "",
-        f"In percent. The paper's ASR is this package's `{asr}`. The paper's models are other ones than ours. Made by"
-        f" `python -m benchmarks tables --table {table}`.",
+        f"In percent. {about}Made by `python -m benchmarks tables --table {table}`.",
         "",
         f"| net | attack | before: ACC / asr_all | n | method | paper: ACC / ASR | ACC | {asr} | {other} | s | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from maskops import models
+from maskops import demo, models
 from maskops.backdoor import (
     Additive,
     BadNetsSquare,
@@ -75,7 +75,7 @@ class Source:
 
     def why_not(self, net: str, attack: str) -> str | None:
         """One sentence if there is no such victim here."""
-        if self._published(net, attack):
+        if self._published(net, attack) or net == "digits":
             return None
         if net not in models.ARCHITECTURES:
             return f"no architecture {net} here; there are {', '.join(models.ARCHITECTURES)}"
@@ -88,13 +88,18 @@ class Source:
         return None
 
     def trains(self, net: str, attack: str) -> bool:
-        return not self._published(net, attack)
+        return net != "digits" and not self._published(net, attack)
 
     def _published(self, net: str, attack: str) -> bool:
         folder = self.options.bench_dir
         return net == "small_vgg" and attack in PUBLISHED and folder is not None and (folder / IMAGES).exists()
 
+    def image_shape(self, net: str) -> tuple[int, int, int]:
+        return (1, 8, 8) if net == "digits" else (3, 32, 32)
+
     def network(self, net: str) -> nn.Module:
+        if net == "digits":
+            return demo.network()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return models.build(net)
@@ -102,6 +107,11 @@ class Source:
     def victim(self, net: str, attack: str) -> Victim:
         if self._published(net, attack):
             return self._load(attack)
+        if net == "digits":
+            seed = int(attack.removeprefix("square_"))
+            train, test = demo.digits(seed)
+            measure = partial(_measure, attack, test, demo.TRIGGER, demo.TARGET, "all_to_one")
+            return Victim(demo.digits_model(seed, self.device), train, measure)
         data = self._images(self.options.train)
         # half to measure on, half for the defender: a model has seen neither
         held_out = self._images(self.options.eval)

@@ -34,7 +34,8 @@ PASSES = {
 
 def estimate(cells: list[Cell], source: Source, device: torch.device) -> float:
     """Seconds."""
-    seconds = {net: _pass_seconds(source.network(net).to(device), device) for net, _ in subjects(cells)}
+    nets = {cell.net for cell in cells}
+    seconds = {net: _pass_seconds(source.network(net).to(device), source.image_shape(net), device) for net in nets}
     purifying = sum(seconds[cell.net] * passes(cell) for cell in cells)
     batches = source.options.train_epochs * TRAINING_IMAGES / BATCH
     training = sum(seconds[net] * batches for net, attack in subjects(cells) if source.trains(net, attack))
@@ -58,8 +59,8 @@ def passes(cell: Cell) -> float:
     return options.epochs * steps * (PASSES.get(cell.algorithm, 2) + extra) * batch / BATCH
 
 
-def _pass_seconds(model: nn.Module, device: torch.device, repeats: int = 3) -> float:
-    images, labels = torch.rand(BATCH, 3, 32, 32, device=device), torch.zeros(BATCH, dtype=torch.long, device=device)
+def _pass_seconds(model: nn.Module, shape: tuple[int, int, int], device: torch.device, repeats: int = 3) -> float:
+    images, labels = torch.rand(BATCH, *shape, device=device), torch.zeros(BATCH, dtype=torch.long, device=device)
     times: list[Any] = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Attacks to measure a purification against: triggers, poisoning and metrics. No defence imports this."""
 
+from maskops.backdoor.attacks import ATTACKS, Attack
 from maskops.backdoor.composite import Composite
 from maskops.backdoor.metrics import (
     Metrics,
@@ -12,6 +13,7 @@ from maskops.backdoor.metrics import (
     rir,
 )
 from maskops.backdoor.poison import Poisoned, poison, poison_clean_label, target_labels
+from maskops.backdoor.training import Trained, train_backdoored
 from maskops.backdoor.triggers import (
     BPPA,
     SIG,
@@ -35,10 +37,12 @@ from maskops.backdoor.triggers import (
 )
 
 __all__ = [
+    "ATTACKS",
     "BPPA",
     "SIG",
     "TRIGGERS",
     "Additive",
+    "Attack",
     "BadNetsCheckerboard",
     "BadNetsSquare",
     "Blend",
@@ -53,6 +57,7 @@ __all__ = [
     "Several",
     "SeveralMetrics",
     "StyleStandIn",
+    "Trained",
     "Trigger",
     "WaNet",
     "der",
@@ -66,5 +71,6 @@ __all__ = [
     "removed",
     "rir",
     "target_labels",
+    "train_backdoored",
     "uniform_noise_pattern",
 ]

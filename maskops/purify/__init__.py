@@ -5,21 +5,51 @@ from maskops.purify._pruning import prune
 from maskops.purify._setting import MaskSetting, Setting
 from maskops.purify.anp import ANPOptions, anp
 from maskops.purify.awm import AWMOptions, awm
+from maskops.purify.baselines import (
+    FinePruningOptions,
+    FTOptions,
+    FTSAMOptions,
+    IBAUOptions,
+    MCROptions,
+    NADOptions,
+    RNPOptions,
+    fine_pruning,
+    ft,
+    ft_sam,
+    ibau,
+    mcr,
+    nad,
+    rnp,
+)
 from maskops.purify.nft import NFTOptions, nft
 from maskops.purify.swm import SWMOptions, swm
 
 __all__ = [
     "ANPOptions",
     "AWMOptions",
+    "FTOptions",
+    "FTSAMOptions",
+    "FinePruningOptions",
+    "IBAUOptions",
+    "MCROptions",
     "MaskSetting",
+    "NADOptions",
     "NFTOptions",
     "NonFiniteError",
     "Purification",
+    "RNPOptions",
     "SWMOptions",
     "Setting",
     "anp",
     "awm",
+    "fine_pruning",
+    "ft",
+    "ft_sam",
+    "ibau",
+    "mcr",
+    "nad",
     "nft",
     "prune",
+    "rnp",
     "swm",
 ]

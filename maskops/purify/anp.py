@@ -30,8 +30,8 @@ class ANPOptions:
     lr, momentum: η, and of SGD on the masks
     statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on), as
                   published; ``"running"``: in eval mode
-    threshold:    neurons whose mask is at most this are pruned, none at -1; ``"auto"``: the largest of 0, 0.05, …, 0.95 that
-                  costs at most ``budget`` of the accuracy on clean images that are held out from the masks
+    threshold:    neurons whose mask is at most this are pruned, none at -1; ``"auto"``: the largest of 0, 0.05, …,
+                  0.95 that costs at most ``budget`` of the accuracy on clean images held out from the masks
     number, fraction: prune that many, or that share, of the neurons with the smallest masks instead; None for neither
     budget:       accuracy, as a fraction of 1, that ``threshold="auto"`` may cost
     held_out:     share of the clean images that ``threshold="auto"`` holds out

@@ -11,6 +11,20 @@ from maskops.purify.anp import PRESETS as ANP_PRESETS
 from maskops.purify.anp import anp
 from maskops.purify.awm import PRESETS as AWM_PRESETS
 from maskops.purify.awm import awm
+from maskops.purify.baselines.fine_pruning import PRESETS as FINE_PRUNING_PRESETS
+from maskops.purify.baselines.fine_pruning import fine_pruning
+from maskops.purify.baselines.ft import PRESETS as FT_PRESETS
+from maskops.purify.baselines.ft import ft
+from maskops.purify.baselines.ft_sam import PRESETS as FT_SAM_PRESETS
+from maskops.purify.baselines.ft_sam import ft_sam
+from maskops.purify.baselines.ibau import PRESETS as IBAU_PRESETS
+from maskops.purify.baselines.ibau import ibau
+from maskops.purify.baselines.mcr import PRESETS as MCR_PRESETS
+from maskops.purify.baselines.mcr import mcr
+from maskops.purify.baselines.nad import PRESETS as NAD_PRESETS
+from maskops.purify.baselines.nad import nad
+from maskops.purify.baselines.rnp import PRESETS as RNP_PRESETS
+from maskops.purify.baselines.rnp import rnp
 from maskops.purify.nft import PRESETS as NFT_PRESETS
 from maskops.purify.nft import nft
 from maskops.purify.swm import PRESETS as SWM_PRESETS
@@ -36,4 +50,11 @@ METHODS = {
     "swm": Method(swm, SWM_PRESETS, "Soft Weight Masking (Chai & Chen 2022, Eq. 4.1)"),
     "anp": Method(anp, ANP_PRESETS, "Adversarial Neuron Pruning (Wu & Wang 2021)"),
     "nft": Method(nft, NFT_PRESETS, "Neural mask Fine-Tuning (Karim et al. 2024)"),
+    "ft": Method(ft, FT_PRESETS, "Fine-tuning"),
+    "fine_pruning": Method(fine_pruning, FINE_PRUNING_PRESETS, "Fine-Pruning (Liu et al. 2018)"),
+    "ibau": Method(ibau, IBAU_PRESETS, "Implicit Backdoor Adversarial Unlearning (Zeng et al. 2022)"),
+    "rnp": Method(rnp, RNP_PRESETS, "Reconstructive Neuron Pruning (Li et al. 2023)"),
+    "ft_sam": Method(ft_sam, FT_SAM_PRESETS, "Fine-tuning with Sharpness-Aware Minimization (Zhu et al. 2023)"),
+    "nad": Method(nad, NAD_PRESETS, "Neural Attention Distillation (Li et al. 2021)"),
+    "mcr": Method(mcr, MCR_PRESETS, "Mode Connectivity Repair (Zhao et al. 2020)"),
 }

@@ -14,7 +14,7 @@ _BLOCK = 1 << 17
 def mask_adam_step_(
     mask, grad, weight, effective, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, l1, toward, lower, upper
 ) -> None:
-    """Adam (Kingma & Ba 2015, Algorithm 1) on ``grad * weight + l1 * sign(mask - toward)``, then clip and effective weight.
+    """Adam (Kingma & Ba 2015, Algorithm 1) on ``grad * weight + l1 * sign(mask - toward)``, clip, effective weight.
 
     ``step`` counts on the device, so that the step can be captured in a CUDA graph: exactly, up to 2**24 in float32.
     """

@@ -1,0 +1,78 @@
+"""CIFAR-10 and CIFAR-100 as their author distributes them, and as torchvision leaves them on the disk."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PYTHON = {"train": ("data_batch_1", "train"), "test": ("test_batch", "test")}
+_BINARY = {"train": ("data_batch_1.bin", "train.bin"), "test": ("test_batch.bin", "test.bin")}
+_PIXELS = 3 * 32 * 32
+_ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+    (f"numpy.{core}.{module}", function)
+    for core in ("core", "_core")
+    for module, function in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+}
+
+
+def is_cifar(folder: Path) -> bool:
+    """Whether a folder is one of cifar-10-batches-py, cifar-10-batches-bin, cifar-100-python, cifar-100-binary."""
+    return any((folder / name).is_file() for layout in (_PYTHON, _BINARY) for name in layout["test"])
+
+
+def read_cifar(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64: of CIFAR-100 the fine ones.
+
+    part:   ``"train"`` or ``"test"``
+    errors: ValueError for another part, for missing files and for files that hold anything but arrays and plain values:
+            they are pickles, of which nothing else is read, so that no code in one runs
+    """
+    if part not in _PYTHON:
+        raise ValueError(f"read_cifar: part must be train or test; got {part!r}")
+    files = _files(folder, part)
+    pairs = [(_read_binary if file.suffix == ".bin" else _read_python)(file) for file in files]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+
+
+def _files(folder: Path, part: str) -> list[Path]:
+    for layout in (_PYTHON, _BINARY):
+        for name in layout[part]:
+            if (folder / name).is_file():
+                batches = [folder / name.replace("_1", f"_{index}") for index in range(1, 6)]
+                return batches if name.startswith("data_batch") else [folder / name]
+    raise ValueError(f"read_cifar: {folder} holds no {part} images of CIFAR")
+
+
+def _read_binary(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    labels = 1 if "batch" in file.name else 2  # CIFAR-100 has a coarse label before the fine one
+    content = np.fromfile(file, dtype=np.uint8)
+    if content.size == 0 or content.size % (labels + _PIXELS):
+        raise ValueError(f"read_cifar: {file} is no whole number of images of {labels + _PIXELS} bytes")
+    rows = content.reshape(-1, labels + _PIXELS)
+    return rows[:, labels:], rows[:, labels - 1]
+
+
+def _read_python(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        content = _ArraysOnly(io.BytesIO(file.read_bytes()), encoding="bytes").load()
+        images = np.asarray(content[b"data"], dtype=np.uint8)
+        labels = np.asarray(content.get(b"labels", content.get(b"fine_labels")), dtype=np.int64)
+    except Exception as error:  # a hostile pickle may raise anything
+        raise ValueError(f"read_cifar: cannot read {file} ({type(error).__name__}: {error})") from None
+    if images.ndim != 2 or images.shape[1] != _PIXELS or labels.shape != images.shape[:1]:
+        raise ValueError(f"read_cifar: {file} must hold (N, {_PIXELS}) bytes and N labels; got {images.shape}")
+    return images, labels
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads numbers, text, lists, dicts and numpy arrays, and refuses everything else before it is made."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ARRAYS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
+        return super().find_class(module, name)
