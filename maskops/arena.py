@@ -58,17 +58,25 @@ class MaskArena:
         for name, grad in grads.items():
             self.effective_weights[name].grad = grad
         self.noise: Tensor | None = None
+        self._perturbed = False
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Effective weights ``weight * mask``; the mask step does this by itself."""
         self._write_effective(None)
+        self._perturbed = False
+
+    def refresh_if_perturbed(self) -> None:
+        """Effective weights without noise, written only if they have it."""
+        if self._perturbed:
+            self.refresh()
 
     @torch.no_grad()
     def perturb(self) -> None:
         """Effective weights ``weight * (mask + noise)``."""
         self._write_effective(self.noise)
+        self._perturbed = True
 
     def _write_effective(self, noise: Tensor | None) -> None:
         if self._elementwise:
@@ -123,6 +131,7 @@ class MaskArena:
         """After a mask step: effective weights that the step didn't write, and gradients of zero."""
         if not self._elementwise:
             self.refresh()
+        self._perturbed = False
         self.grad.zero_()
 
 

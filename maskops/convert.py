@@ -57,6 +57,17 @@ def mask_(
     return model
 
 
+def maskable(model: nn.Module) -> list[str]:
+    """The names of all layers that :func:`mask_` could mask.
+
+    >>> maskable(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.BatchNorm2d(1, affine=False)))
+    ['0']
+    """
+    bypassed = _bypassed(model)
+    candidates = ((name, module) for name, module in model.named_modules() if isinstance(module, tuple(MASKED)))
+    return [name for name, module in candidates if _why_not(module, bypassed) is None]
+
+
 def fold_(model: nn.Module) -> nn.Module:
     """Bake the masks into the weights, in place, and give back plain layers; return the model.
 

@@ -14,6 +14,7 @@ from maskops import demo
 from maskops.backdoor import evaluate
 from maskops.data import split
 from maskops.purify import anp, prune, swm
+from maskops.purify._loop import _NOISE
 
 PLAIN = {"crop": 0, "flip": False, "progress": False}
 
@@ -43,7 +44,7 @@ def published(
     with_bias = [name for name, layer in layers.items() if layer.bias is not None]
     m = {name: torch.ones(shape[name], dtype=torch.float64, requires_grad=True) for name in layers}  # line 2
     optimizer = torch.optim.SGD(m.values(), lr=lr, momentum=momentum)
-    generator, noise_generator = (torch.Generator().manual_seed(3) for _ in range(2))
+    generator, noise_generator = (torch.Generator().manual_seed(seed) for seed in (3, 3 + _NOISE))
 
     def loss(x, y, weight_factor, bias_factor):
         changed = {f"{n}.weight": layers[n].weight.detach() * weight_factor[n] for n in layers}
@@ -120,7 +121,7 @@ def test_swm_takes_the_steps_of_its_equation(clean_data, noise_steps):
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     m = {name: torch.ones_like(conv.weight, requires_grad=True) for name, conv in convs.items()}
     optimizer = torch.optim.Adam(m.values(), lr=0.01)
-    generator, noise_generator = (torch.Generator().manual_seed(3) for _ in range(2))
+    generator, noise_generator = (torch.Generator().manual_seed(seed) for seed in (3, 3 + _NOISE))
 
     def loss(x, y, factor):
         changed = {f"{name}.weight": conv.weight.detach() * factor[name] for name, conv in convs.items()}
@@ -262,7 +263,7 @@ def test_the_threshold_is_chosen_by_accuracy_on_images_held_out(backdoored_digit
         ({"number": 1, "fraction": 0.1}, "anp: number and fraction are two ways to say it: give one of them"),
         ({"statistics": "own"}, "anp: statistics must be one of batch, running; got 'own'"),
         ({"crop": -1}, "purify: crop must be a whole number of at least 0 or 'auto'; got -1"),
-        ({"number": 11}, "prune: expected a number of neurons from 0 to 8; got 11"),
+        ({"number": 11}, "anp: prune: expected a number of neurons from 0 to 8; got 11"),
     ],
 )
 def test_bad_options_are_one_line(clean_data, options, message):
@@ -288,3 +289,98 @@ def test_a_model_with_layer_norms_and_one_with_a_norm_without_scale(clean_data):
     net = tiny_network()
     net[1] = nn.BatchNorm2d(4, affine=False).double()
     assert sorted(anp(net, clean_data, epochs=1, steps=1, **PLAIN).scores) == ["3.bn.neuron_mask"]
+
+
+class Overwrites(nn.Module):
+    """Normalises its input in place, as some models do."""
+
+    def __init__(self, network, inplace):
+        super().__init__()
+        self.network, self.inplace = network, inplace
+
+    def forward(self, x):
+        return self.network(x.sub_(0.4) if self.inplace else x - 0.4)
+
+
+@pytest.mark.parametrize("method", [anp, swm])
+def test_a_model_that_overwrites_its_input_sees_each_batch_as_it_was(clean_data, method):
+    network = tiny_network()
+    runs = [
+        method(Overwrites(network, inplace), clean_data, epochs=1, steps=3, **PLAIN).masks for inplace in (True, False)
+    ]
+    assert all(torch.equal(mask, runs[1][name]) for name, mask in runs[0].items())
+
+
+def test_sixteen_bit_activations_follow_the_masks(clean_data):
+    """No cast of an effective weight outlives its step."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+    options = {"dtype": torch.bfloat16, "batch_size": 20, "lr": 0.05, "layers": "auto", **PLAIN}
+    images, labels = clean_data[0][:1].repeat(20, 1, 1, 1), clean_data[1][:1].repeat(20)
+    losses = [
+        anp(model, (images, labels), epochs=epochs, steps=steps, epsilon=0.0, **options).history["clean loss"]
+        for epochs, steps in ((1, 8), (8, 1))
+    ]
+    assert sum(losses[1]) / 8 == pytest.approx(losses[0][0], rel=1e-3)
+
+
+def test_auto_takes_the_layers_that_can_be_masked(clean_data):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
+            self.embed, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            tokens = self.norm(self.embed(x.reshape(len(x), 8, 16)))
+            return self.head(self.attention(tokens, tokens, tokens)[0].mean(1))
+
+    result = anp(Attends().double(), clean_data, epochs=1, steps=1, **PLAIN)
+    assert sorted(result.scores) == ["embed.mask", "head.mask", "norm.neuron_mask"]
+    net = tiny_network()
+    net[1] = nn.BatchNorm2d(4, affine=False).double()
+    net[3].bn = nn.BatchNorm2d(4, affine=False).double()
+    assert sorted(anp(net, clean_data, epochs=1, steps=1, **PLAIN).scores) == [
+        "0.mask",
+        "3.conv.mask",
+        "5.mask",
+        "9.mask",
+    ]
+
+
+def test_one_image_cannot_be_held_out(clean_data):
+    images, labels = clean_data
+    with pytest.raises(ValueError, match=r"^anp: holding out clean images needs at least 2 of them; got 1$"):
+        anp(tiny_network(), (images[:1], labels[:1]), threshold="auto", statistics="running", **PLAIN)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"0.mask": torch.rand(2)},
+        {"0.mask": torch.tensor(0.0)},
+        {"0.bias": torch.rand(3)},
+        {"7.mask": torch.rand(3, 1)},
+        {"1.mask": torch.rand(3, 1)},
+    ],
+)
+def test_scores_of_another_model_are_refused(scores):
+    with pytest.raises(ValueError, match=r"^prune: [^\n]*\Z"):
+        prune(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), scores, threshold=0.5)
+
+
+def test_setting_up_draws_by_the_seed_and_leaves_torchs_generator_alone(clean_data):
+    class Noisy(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x + 0.1 * torch.randn_like(x))
+
+    model, scores = Noisy(tiny_network()), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        scores.append(anp(model, clean_data, epochs=1, steps=2, threshold="auto", **PLAIN).scores)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(score, scores[1][name]) for name, score in scores[0].items())

@@ -256,7 +256,7 @@ def test_a_loss_that_is_no_number_stops_with_one_line(clean_data):
         ({"epochs": "auto"}, "awm: epochs must be a whole number of at least 1; got 'auto'"),
         ({"projection": "l3"}, "awm: projection must be one of rescale, project, l2, none; got 'l3'"),
         ({"clamp": "no"}, "awm: clamp must be one of True, False; got 'no'"),
-        ({"seed": -1}, "purify: seed must be a whole number of at least 0; got -1"),
+        ({"seed": -1}, f"purify: seed must be a whole number from 0 to {2**63 - 2**22}; got -1"),
         ({"branches": "both"}, "awm: branches must be one of auto, sequential, concatenated; got 'both'"),
         ({"granularity": "row"}, "purify: granularity must be one of weight, kernel, neuron; got 'row'"),
         ({"mean": (0.5,), "std": (0.5,)}, "awm: mean and std must have 2 values, one per channel; got (0.5,)"),

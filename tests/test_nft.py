@@ -44,7 +44,8 @@ def published(model, images, labels, *, epochs, steps, batch, eta, floors, rates
             optimizer.step()
             for name, mask in m.items():
                 mask.data.clamp_(floors[name], 1)
-    return {name: mask.detach() for name, mask in m.items()}, {name: value.detach() for name, value in bias.items()}
+    found = {name: mask.detach() for name, mask in m.items()}, {name: value.detach() for name, value in bias.items()}
+    return *found, dict(model.named_buffers())
 
 
 @pytest.mark.parametrize("tune_bias", [False, True])
@@ -57,7 +58,8 @@ def test_nft_takes_the_published_steps(clean_data, preset, tune_bias):
     options = {"epochs": 3, "steps": 4, "batch_size": 7, "momentum": 0.9, "tune_bias": tune_bias, "seed": 3}
     options |= {} if official else {"eta": 0.03}
     result = nft(model, clean_data, preset=preset, **options, **PLAIN)
-    masks, biases = published(
+    before = copy.deepcopy(model.state_dict())
+    masks, biases, buffers = published(
         *(model, images.double(), labels),
         epochs=3,
         steps=4,
@@ -73,6 +75,9 @@ def test_nft_takes_the_published_steps(clean_data, preset, tune_bias):
         norm = result.model.get_submodule(name)
         torch.testing.assert_close(norm.bias.detach(), biases[name], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(norm.weight.detach(), model.get_submodule(name).weight.detach() * mask)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(result.model.get_buffer(name), buffer, rtol=1e-9, atol=1e-9)
+        assert not torch.equal(buffer, before[name]) and torch.equal(model.get_buffer(name), before[name])
     assert result.masks["3.bn.neuron_mask"].min() < 1 and (result.masks["1.neuron_mask"] == 1).all()
     assert torch.equal(biases["3.bn"], model[3].bn.bias.detach()) != tune_bias
 
@@ -163,3 +168,32 @@ def test_bad_options_are_one_line(clean_data, options, message):
     with pytest.raises(ValueError) as error:
         nft(tiny_network(), clean_data, **options)
     assert str(error.value) == message
+
+
+class Awkward(nn.Module):
+    """Layers whose results are written into a buffer, whose weights are transformed, or that are read together."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x):
+        buffer = torch.zeros(len(x), 8)
+        buffer[:, :4] = self.a(x)
+        buffer[:, 4:].copy_(self.b(x))
+        x = F.linear(buffer[:, 2:6], self.c.weight - self.c.weight.mean())
+        return F.linear(x, torch.cat([self.d.weight, self.e.weight]))
+
+
+def test_depth_follows_buffers_views_and_transformed_weights():
+    net = Awkward()
+    weights = {name: net.get_submodule(name).weight for name in "abcde"}
+    assert depths(net, torch.rand(3, 4), weights) == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 3}
+
+
+def test_tuned_biases_that_layers_share_stay_shared(clean_data):
+    model = tiny_network()
+    model[3].bn.bias = model[1].bias
+    result = nft(model, clean_data, epochs=1, tune_bias=True, **PLAIN)
+    assert result.model[3].bn.bias is result.model[1].bias
+    assert not torch.equal(result.model[1].bias, model[1].bias)

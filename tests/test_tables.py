@@ -4,7 +4,6 @@ import csv
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.__main__ import main
 from benchmarks.tables import FOLDER, cells, record, work
@@ -39,7 +38,7 @@ def test_every_table_has_figures_of_methods_and_attacks_that_exist(table):
         else:
             algorithm, preset, changes = cells.settings(method)
             assert cells.METHODS[algorithm].presets[preset].options
-            assert work.passes(cells.Cell(table, "small_vgg", attack, n, method, 0, preset, changes)) > 0
+            assert work.passes(cells.Cell(table, "small_vgg", attack, n, method, 0, preset, changes, "")) > 0
 
 
 def test_figures_are_the_papers():
@@ -55,7 +54,7 @@ def test_figures_are_the_papers():
 
 
 def test_a_part_runs_trains_resumes_and_is_written(tmp_path, images, capsys):
-    part = ["--table", "awm4", "--net", "small_vgg", "--attack", "badnets", "--n", "12", *images, *QUICK]
+    part = ["--table", "awm4", "--net", "small_vgg", "--attack", "badnets", "--n", "12", *QUICK, *images]
     assert run(tmp_path, *part, "--method", "awm", "anp", "--seed", "0", "1", "--hours", "100") == 0
     printed = capsys.readouterr().out
     with open(tmp_path / "out" / "awm4.csv", newline="") as file:
@@ -68,6 +67,16 @@ def test_a_part_runs_trains_resumes_and_is_written(tmp_path, images, capsys):
     # what is there isn't run again, so no estimate either
     assert run(tmp_path, *part, "--method", "awm", "anp", "--seed", "0", "1", "--hours", "0") == 0
     assert (tmp_path / "out" / "awm4.csv").read_text().count("\n") == 5
+    # a network that was trained otherwise is another
+    assert run(tmp_path, *part[:-1], "2", "--method", "awm", "--hours", "100") == 0
+    assert (tmp_path / "out" / "awm4.csv").read_text().count("\n") == 6
+
+
+def test_figures_of_another_network_carry_its_name():
+    paper = cells.figures("awm2")
+    assert cells.figure(paper, "resnet18", "badnets", "one-shot", "awm") == "76.46 / 8.98"
+    assert cells.figure(paper, "small_vgg", "badnets", "one-shot", "awm") == "76.46 / 8.98 (resnet18)"
+    assert cells.figure(paper, "small_vgg", "badnets", "17", "awm") == ""
 
 
 def test_what_takes_too_long_is_refused_with_the_estimate(tmp_path, images, capsys):
@@ -84,6 +93,13 @@ def test_what_takes_too_long_is_refused_with_the_estimate(tmp_path, images, caps
         (["--table", "nft15"], "no architecture vgg16 here; there are small_vgg"),
         (["--table", "awm1", "--method", "foo"], "unknown methods: foo"),
         (["--table", "awm1", "--set", "awm=3"], "expected METHOD.OPTION=VALUE; got 'awm'"),
+        (["--table", "awm1", "--set", "anpp.epochs=3"], "unknown method anpp"),
+        (["--table", "awm1", "--set", "anp.epoch=3"], "anp: no option epoch; there are alpha"),
+        (["--table", "awm1", "--set", "awm.tau='big'"], "awm: tau must be a number"),
+        (["--table", "awm1", "--preset", "anp=best"], "anp: preset must be one of paper, official; got 'best'"),
+        (["--table", "awm1", "--n", "0"], "--n takes whole numbers above 0 and one-shot; got 0"),
+        (["--table", "awm4", "--net", "small_vgg", "--attack", "badnets"], "awm4 has no such part"),
+        (["--table", "awm10", "--attack", "several:any"], "no attack several:any"),
     ],
 )
 def test_what_is_not_there_is_one_line(tmp_path, capsys, extra, words):
@@ -100,9 +116,9 @@ def test_recorded_tables_are_those_of_their_rows(tmp_path):
 
 def test_passes_follow_the_options():
     def cell(method, n, **changes):
-        return cells.Cell("awm1", "small_vgg", "badnets", n, method, 0, "paper", changes)
+        return cells.Cell("awm1", "small_vgg", "badnets", n, method, 0, "paper", changes, "published")
 
     assert work.passes(cell("awm", "500", epochs=2)) == 2 * 30
     assert work.passes(cell("anp", "500", epochs=2, steps=5, noise_steps=2)) == 2 * 5 * 4
     assert work.passes(cell("nft", "64", epochs=3)) == 3 * 64 / 128
-    assert torch.get_num_threads() >= 1
+    assert work.passes(cell("awm", "one-shot", batch_size=16, epochs=1)) == 30 * 16 / 128

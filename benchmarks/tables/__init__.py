@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """0 when all is well, 2 for what can't be run."""
     try:
-        chosen = cells.choose(options)
         source = victims.Source(options)
+        chosen = cells.choose(options, source.describe)
         missing = [reason for net, attack in cells.subjects(chosen) if (reason := source.why_not(net, attack))]
         if missing:
             raise ValueError("; ".join(dict.fromkeys(missing)))

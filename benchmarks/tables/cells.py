@@ -6,11 +6,13 @@ import argparse
 import ast
 import contextlib
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from maskops.purify._options import settle
 from maskops.purify.methods import METHODS
 
 PAPERS = Path(__file__).parent / "papers"
@@ -28,6 +30,9 @@ TABLES = {
     "nft15": "NFT Table 15: architectures",
     "digits": "Every method on the demo's networks, which read handwritten digits; of no paper",
 }
+AXES = ("net", "attack", "n", "method")
+ONE_SHOT_BATCH = 16
+"""AWM's Table 7 has it for the one-shot set, which counts 100 images with its copies."""
 ASR_EXCL = ("anp1", "anp3", "nft1", "nft7", "nft15")
 """Tables whose ASR leaves out images of the target class; the others' counts all."""
 
@@ -61,6 +66,7 @@ class Cell:
     seed: int
     preset: str
     changes: dict[str, Any] = field(hash=False)
+    victim: str
 
     @property
     def algorithm(self) -> str:
@@ -68,8 +74,18 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, ...]:
-        parts = (self.net, self.attack, self.n, self.method, self.seed, self.preset, described(self.changes))
-        return tuple(map(str, parts))
+        place = self.net, self.attack, self.n, self.method
+        return *place, str(self.seed), self.preset, described(self.changes), self.victim
+
+    def check(self) -> None:
+        """Raise for a number of images, a preset or a change that can't be."""
+        if self.n != "one-shot" and not (self.n.isdigit() and int(self.n) > 0):
+            raise ValueError(f"--n takes whole numbers above 0 and one-shot; got {self.n}")
+        if ":" in self.attack:
+            raise ValueError(
+                f"no attack {self.attack}: its parts are measured in one run of {self.attack.split(':')[0]}"
+            )
+        settle(self.method, METHODS[self.algorithm].presets, self.preset, self.changes)
 
 
 def settings(method: str) -> tuple[str, str, dict[str, Any]]:
@@ -100,40 +116,56 @@ def figures(table: str) -> dict[tuple[str, str, str, str], tuple[float, float]]:
         return {place: (float(row["acc"]), float(row["asr"])) for place, row in places}
 
 
-def figure(paper: dict, net: str, attack: str, n: str, method: str) -> tuple[float, float] | None:
-    """The paper's ACC and ASR; those of another network where the table has none of this one."""
-    others = (value for key, value in paper.items() if key[1:] == (attack, n, method))
-    return paper.get((net, attack, n, method)) or next(others, None)
+def figure(paper: dict, net: str, attack: str, n: str, method: str) -> str:
+    """The paper's ACC and ASR; those of another network, by its name, where the table has none of this one."""
+    others = [key for key in paper if key[1:] == (attack, n, method)]
+    if not others:
+        return ""
+    chosen = (net, attack, n, method) if (net, attack, n, method) in paper else others[0]
+    acc, asr = paper[chosen]
+    return f"{acc:g} / {asr:g}" + ("" if chosen[0] == net else f" ({chosen[0]})")
 
 
 def places(table: str) -> list[tuple[str, str, str, str]]:
     """(net, attack, n, method) of every run that makes up a table."""
     if table == "digits":
         return [("digits", f"square_{seed}", "100", method) for seed in range(3) for method in METHODS]
-    return [place for place in figures(table) if place[3] != "none"]
+    found = ((net, attack.partition(":")[0], n, method) for net, attack, n, method in figures(table))
+    # measurements of one attack, as several:any, are one run
+    return [place for place in dict.fromkeys(found) if place[3] != "none"]
 
 
-def choose(options: argparse.Namespace) -> list[Cell]:
-    """The cells that the command line asks for, those of one subject one after the other."""
-    nets, attacks, counts, methods = (
-        _chosen(options, name, list(dict.fromkeys(place[index] for place in places(options.table))))
-        for index, name in enumerate(("net", "attack", "n", "method"))
-    )
-    unknown = [name for name in methods if settings(name)[0] not in METHODS or (":" in name and name not in VARIANTS)]
+def choose(options: argparse.Namespace, victim: Callable[[str, str], str]) -> list[Cell]:
+    """The cells that the command line asks for, those of one subject one after the other.
+
+    victim: says of a network and an attack where the model comes from
+    """
+    table = places(options.table)
+    known = [list(dict.fromkeys(place[axis] for place in table)) for axis in range(4)]
+    asked = [getattr(options, name) or values for name, values in zip(AXES, known, strict=True)]
+    unknown = [name for name in asked[3] if settings(name)[0] not in METHODS or (":" in name and name not in VARIANTS)]
     if unknown:
         raise ValueError(f"unknown methods: {', '.join(unknown)}; known: {', '.join(METHODS)} and the table's variants")
     presets = dict(_split(text, "=") for text in options.preset)
     changes = _changes(options.set)
+    for name in (*presets, *changes):
+        if name not in METHODS:
+            raise ValueError(f"--set and --preset: unknown method {name}; known: {', '.join(METHODS)}")
+    # a combination of the table's own values that the table doesn't have is none of it
+    chosen = [
+        place
+        for place in product(*asked)
+        if place in table or any(value not in values for value, values in zip(place, known, strict=True))
+    ]
+    if not chosen:
+        raise ValueError(f"{options.table} has no such part")
     cells = [
-        _cell(options.table, (net, attack, n, method), seed, presets, changes)
-        for net in nets
-        for attack in attacks
-        for n in counts
-        for method in methods
+        _cell(options.table, place, seed, presets, changes, victim(*place[:2]))
+        for place in chosen
         for seed in options.seed
     ]
-    if not cells:
-        raise ValueError(f"{options.table} has no such part")
+    for cell in cells:
+        cell.check()
     return cells
 
 
@@ -142,18 +174,14 @@ def subjects(cells: Iterable[Cell]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((cell.net, cell.attack.partition(":")[0]) for cell in cells))
 
 
-def _chosen(options: argparse.Namespace, name: str, of_table: list[str]) -> list[str]:
-    """What was asked for, else what the table has. Measurements of one attack, as ``several:any``, are one run."""
-    of_table = list(dict.fromkeys(value.partition(":")[0] for value in of_table)) if name == "attack" else of_table
-    return getattr(options, name) or of_table
-
-
-def _cell(table, place, seed, presets, changes) -> Cell:
+def _cell(table, place, seed, presets, changes, victim) -> Cell:
     net, attack, n, method = place
     algorithm, preset, own = settings(method)
     preset = presets.get(algorithm, preset) if preset == "paper" else preset
     own |= {"flip": False} if net == "digits" else {}  # a mirrored digit is another, or none
-    return Cell(table, net, attack, n, method, seed, preset, {**changes.get(algorithm, {}), **own})
+    if n == "one-shot" and algorithm in ("awm", "swm"):
+        own["batch_size"] = ONE_SHOT_BATCH
+    return Cell(table, net, attack, n, method, seed, preset, {**own, **changes.get(algorithm, {})}, victim)
 
 
 def _changes(texts: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ from benchmarks.tables.cells import ASR_EXCL, TABLES, Cell, figure, figures
 from maskops import __version__
 from maskops.backdoor import Metrics
 
-KEY = ("net", "attack", "n", "method", "seed", "preset", "changes")
+KEY = ("net", "attack", "n", "method", "seed", "preset", "changes", "victim")
 _OTHER_MODELS = "The paper's ASR is this package's `{}`; its models are other ones than these. "
 COLUMNS = (
-    *("net", "attack", "n", "method", "seed", "preset", "changes", "part"),
+    *(*KEY, "part"),
     *("acc_before", "asr_all_before", "acc", "asr_all", "asr_excl", "ra"),
     *("seconds", "peak_mib", "device", "threads", "torch", "maskops", "revision"),
 )
@@ -43,17 +44,18 @@ class Record:
         timings: Mapping[str, float],
         device: str,
     ) -> None:
-        new = not self.path.exists()
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self.path.exists():
+            writer.writerow(COLUMNS)
+        for part, metrics in after.items():
+            rates = (before[part].acc, before[part].asr_all, metrics.acc, metrics.asr_all, metrics.asr_excl)
+            numbers = [f"{100 * rate:.2f}" for rate in (*rates, metrics.ra)]
+            cost = f"{timings['total']:.1f}", f"{timings['peak_bytes'] / 2**20:.0f}"
+            where = device, torch.get_num_threads(), torch.__version__, __version__, revision()
+            writer.writerow([*cell.key, part, *numbers, *cost, *where])
         with open(self.path, "a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(COLUMNS)
-            for part, metrics in after.items():
-                rates = (before[part].acc, before[part].asr_all, metrics.acc, metrics.asr_all, metrics.asr_excl)
-                numbers = [f"{100 * rate:.2f}" for rate in (*rates, metrics.ra)]
-                cost = f"{timings['total']:.1f}", f"{timings['peak_bytes'] / 2**20:.0f}"
-                where = device, torch.get_num_threads(), torch.__version__, __version__, revision()
-                writer.writerow([*cell.key, part, *numbers, *cost, *where])
+            file.write(text.getvalue())  # all parts at once: a run is there or it isn't
         self._done.add(cell.key)
 
 
@@ -69,7 +71,7 @@ def markdown(folder: Path, table: str) -> str:
     rows, paper = read(folder / f"{table}.csv"), figures(table)
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        place = tuple(row[name] for name in ("net", "part", "n", "method", "preset", "changes"))
+        place = tuple(row[name] for name in ("net", "part", "n", "method", "preset", "changes", "victim"))
         groups.setdefault(place, []).append(row)
     asr = "asr_excl" if table in ASR_EXCL else "asr_all"
     other = "asr_all" if asr == "asr_excl" else "asr_excl"
@@ -82,11 +84,10 @@ def markdown(folder: Path, table: str) -> str:
         f"| net | attack | before: ACC / asr_all | n | method | paper: ACC / ASR | ACC | {asr} | {other} | s | MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (net, part, n, method, preset, changes), runs in groups.items():
-        published = figure(paper, net, part, n, method)
+    for (net, part, n, method, preset, changes, _), runs in groups.items():
         before = f"{runs[0]['acc_before']} / {runs[0]['asr_all_before']}"
         named = " ".join(filter(None, (method, "" if preset == "paper" else f"({preset})", changes)))
-        shown = "" if published is None else f"{published[0]:g} / {published[1]:g}"
+        shown = figure(paper, net, part, n, method)
         numbers = [_spread(runs, name) for name in ("acc", asr, other)]
         cost = [f"{statistics.fmean(float(run[name]) for run in runs):.0f}" for name in ("seconds", "peak_mib")]
         lines.append("| " + " | ".join([net, part, before, n, named, shown, *numbers, *cost]) + " |")

@@ -13,8 +13,6 @@ from benchmarks.tables.victims import Source
 from maskops.purify import NonFiniteError
 from maskops.purify.methods import METHODS
 
-ONE_SHOT_BATCH = 16
-
 
 class Runner:
     def __init__(self, source: Source, record: Record, device: torch.device) -> None:
@@ -35,15 +33,9 @@ class Runner:
                         seed=cell.seed,
                         device=self.device,
                         progress=False,
-                        **self._options(cell),
+                        **cell.changes,
                     )
                 except NonFiniteError as error:
                     print(f"no row: {error}", file=sys.stderr)
                     continue
                 self.record.add(cell, before, victim.measure(result.model), result.timings, str(self.device))
-
-    def _options(self, cell: Cell) -> dict:
-        """The paper's Table 7 has batches of 16 for the one-shot set, which counts 100 images."""
-        if cell.n == "one-shot" and cell.algorithm in ("awm", "swm"):
-            return {"batch_size": ONE_SHOT_BATCH, **cell.changes}
-        return cell.changes

@@ -87,6 +87,16 @@ class Source:
             return f"the trigger of {attack} is a PNG: give --patterns"
         return None
 
+    def describe(self, net: str, attack: str) -> str:
+        """Where the model comes from, in a few words that tell it from others."""
+        if not self.trains(net, attack):
+            return "published" if self._published(net, attack) else "demo"
+        return f"trained {self.options.train_epochs} epochs on {Path(str(self.options.train)).name}"
+
+    def training_count(self) -> int:
+        """How many images a training has."""
+        return len(self._images(self.options.train)[1])
+
     def trains(self, net: str, attack: str) -> bool:
         return net != "digits" and not self._published(net, attack)
 

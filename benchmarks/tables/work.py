@@ -16,7 +16,6 @@ from benchmarks.tables.victims import Source
 from maskops.purify.methods import METHODS
 
 BATCH = 128
-TRAINING_IMAGES = 50_000
 PASSES = {
     "anp": 3,
     "swm": 3,
@@ -37,9 +36,9 @@ def estimate(cells: list[Cell], source: Source, device: torch.device) -> float:
     nets = {cell.net for cell in cells}
     seconds = {net: _pass_seconds(source.network(net).to(device), source.image_shape(net), device) for net in nets}
     purifying = sum(seconds[cell.net] * passes(cell) for cell in cells)
-    batches = source.options.train_epochs * TRAINING_IMAGES / BATCH
-    training = sum(seconds[net] * batches for net, attack in subjects(cells) if source.trains(net, attack))
-    return purifying + training
+    trained = [net for net, attack in subjects(cells) if source.trains(net, attack)]
+    batches = source.options.train_epochs * source.training_count() / BATCH if trained else 0
+    return purifying + sum(seconds[net] * batches for net in trained)
 
 
 def passes(cell: Cell) -> float:

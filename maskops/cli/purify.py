@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     chosen.add_argument(
         "--one-shot",
         action="store_true",
-        help="one of each class, drawn by --seed, and nine augmented copies of each, mirrored ones unless --no-flip",
+        help="one of each class, drawn by --seed, and nine augmented copies of each, some mirrored unless --no-flip",
     )
     inputs.add_argument("--size", type=int, metavar="N", help="resize the images of class folders to N x N")
 
@@ -179,6 +179,8 @@ def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
         raise ValueError(f"--n must be at least 1; got {count}")
     generator = torch.Generator().manual_seed(seed)
     if arguments.one_shot:
+        if images.shape[-1] != images.shape[-2]:
+            raise ValueError(f"--one-shot needs square images; got {tuple(images.shape[2:])}")
         clean = one_shot(images, labels, images.shape[-1], generator, flip=getattr(arguments, "flip", True))
         originals = clean[0][: len(labels.unique())]
     else:

@@ -19,6 +19,9 @@ from maskops.data import as_tensors
 from maskops.purify._setting import Setting
 from maskops.purify._working import PixelModel
 
+_LAYERS, _NOISE = 1 << 20, 1 << 21
+"""Added to the seed for what layers draw, and for noise: streams of their own."""
+
 OnEpoch = Callable[[int, nn.Module], None]
 
 
@@ -74,7 +77,8 @@ class Run:
         with self.named_errors():
             self.mean, self.std = (self._per_channel(value) for value in (setting.mean, setting.std))
         self.generator = torch.Generator(device="cpu").manual_seed(setting.seed)
-        self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed)
+        self.noise_generator = torch.Generator(device=self.device).manual_seed(setting.seed + _NOISE)
+        self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed + _LAYERS)
         self.history: dict[str, list[float]] = {}
         self._noted: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
@@ -113,7 +117,7 @@ class Run:
     def check_labels(self, model: nn.Module) -> None:
         """Raise when a label isn't among the classes of a model on pixels."""
         with torch.no_grad():
-            classes = model(self.images[:1].clone()).shape[1]
+            classes = model(self.images[:2]).shape[1]
         if int(self.labels.max()) >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes; got {int(self.labels.max())}")
 
@@ -125,13 +129,20 @@ class Run:
             except (TypeError, RuntimeError) as error:
                 raise TypeError(f"the model can't be copied: {str(error).splitlines()[0]}") from error
             model = PixelModel(network, self.mean, self.std, self.low_dtype)
-            self.check_labels(model.eval())
+            with self.seeded_layers():
+                self.check_labels(model.eval())
         return model.train()
 
     def hold_out(self, share: float) -> tuple[Tensor, Tensor]:
-        """Take ``round(share * n)`` random clean images, at least one, out of what is learned from."""
-        count = min(max(1, round(share * len(self.labels))), len(self.labels) - 1)
-        order = torch.randperm(len(self.labels), generator=self.generator).to(self.device)
+        """Take ``round(share * n)`` random clean images, at least one, out of what is learned from.
+
+        errors: ValueError for a single image
+        """
+        n = len(self.labels)
+        if n < 2:
+            raise ValueError(f"{self.method}: holding out clean images needs at least 2 of them; got {n}")
+        count = min(max(1, round(share * n)), n - 1)
+        order = torch.randperm(n, generator=self.generator, device="cpu").to(self.device)
         held_out = self.images[order[:count]], self.labels[order[:count]]
         self.images, self.labels = self.images[order[count:]], self.labels[order[count:]]
         return held_out
@@ -177,18 +188,29 @@ class Run:
         return tqdm(epochs, desc=self.method, unit="epoch")
 
     @contextmanager
+    def seeded_layers(self) -> Iterator[None]:
+        """Within, what layers such as dropout draw from torch's global generators follows the run's seed.
+
+        The generators are left as they were.
+        """
+        seed = int(torch.randint(2**31, (), generator=self._layers_generator, device="cpu"))
+        on_gpu = self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
+            yield
+
+    @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase; at its end put the means of what was noted into the history, and stop if one is no number.
 
-        This is the one place where a phase waits for the device. What layers such as dropout draw from torch's global
-        generator follows the seed within, and leaves that generator as it was.
+        This is the one place where a run asks the device for a number.
         """
         start = time.perf_counter()
-        seed = int(torch.randint(2**62, (), generator=self._layers_generator))
-        devices = [self.device] if self.device.type == "cuda" else []
         # a backward inside somebody's autocast would be cast
-        with torch.random.fork_rng(devices), torch.autocast(self.device.type, enabled=False):
-            torch.manual_seed(seed)
+        with self.seeded_layers(), torch.autocast(self.device.type, enabled=False):
             yield
         for what, values in self._noted.items():
             mean = float(torch.stack(values).mean())

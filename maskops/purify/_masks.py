@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
 
 from maskops.arena import MaskArena
-from maskops.convert import fold_, mask_, masked_layers, masks
+from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.lean import lean_autograd
-from maskops.nn import NORMS
+from maskops.nn import MASKED, NORMS
 from maskops.purify._depth import depths
 from maskops.purify._loop import NonFiniteError, Purification, Run
 from maskops.purify._setting import MaskSetting
@@ -30,8 +30,10 @@ class MaskRun(Run):
 
     method, model, clean_data: as for :class:`Run`
     setting:          a :class:`MaskSetting`
-    batch_statistics: the model runs in train mode: batch norms use the statistics of their batches, dropout is on; the
-                      user's running statistics stay as they are. Otherwise in eval mode
+    batch_statistics: the model runs in train mode: batch norms use the statistics of their batches, dropout is on.
+                      Otherwise in eval mode
+    track_statistics: the result's running statistics follow these batches; otherwise they are the user's. The user's
+                      own stay as they are in any case
     biases:           None; ``"noise"``: the masked layers' biases are perturbed where the weights are; or ``"tune"``:
                       they are parameters to be learned, in :attr:`biases`
     """
@@ -44,25 +46,32 @@ class MaskRun(Run):
         setting: MaskSetting,
         *,
         batch_statistics: bool = False,
+        track_statistics: bool = False,
         biases: str | None = None,
     ) -> None:
         super().__init__(method, model, clean_data, setting)
-        self._noise_generator = torch.Generator(device=self.device).manual_seed(setting.seed)
-        with self.named_errors():
+        with self.named_errors(), self.seeded_layers():
             self._masked = shared_copy(model).to(self.device)
             network = shared_copy(self._masked)
             layers, exclude = _chosen(network, setting)
             mask_(self._masked, setting.granularity, setting.include, exclude, layers)
+            self._track_statistics = batch_statistics and track_statistics
             self._prepare(network, fold=not batch_statistics and biases is None)
             self._prepare_biases(biases)
             self.check_labels(self.model)
         self.model.train(batch_statistics)
+        self._perturbing = False
+        # in eval mode too, such a norm computes with the statistics of its batch
+        self._mixes_batches = batch_statistics or any(
+            isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
+        )
 
     def _prepare(self, network: nn.Module, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
         layers = masked_layers(self._masked)
         example = self.images[:2]
-        self.model = WorkingModel(network, example, self.mean, self.std, layers, self.low_dtype, fold)
+        how = {"fold": fold, "track": self._track_statistics}
+        self.model = WorkingModel(network, example, self.mean, self.std, layers, self.low_dtype, **how)
         if self.model.unused:
             raise ValueError(f"the model's forward doesn't use {', '.join(self.model.unused)}; use exclude=")
         # layers that share a weight share a mask: the first stands for all of them
@@ -81,20 +90,27 @@ class MaskRun(Run):
 
     def _prepare_biases(self, biases: str | None) -> None:
         with_bias = {name: layer for name, layer in self._working.items() if layer.bias is not None}
+        # layers that share a bias share what happens to it
+        owner_of = {id(layer.bias): name for name, layer in reversed(with_bias.items())}
+        owners = {name: owner_of[id(layer.bias)] for name, layer in with_bias.items()}
+        originals = {name: with_bias[name].bias for name in dict.fromkeys(owners.values())}
         self._shifts: MaskArena | None = None
         self.biases: dict[str, Parameter] = {}
-        if biases == "noise" and with_bias:
-            shifts = {name: layer.bias for name, layer in with_bias.items()}
-            ones = {name: torch.ones_like(bias) for name, bias in shifts.items()}
-            self._shifts = MaskArena(shifts, ones)
-            for name, layer in with_bias.items():
-                layer.bias = self._shifts.effective_weights[name].requires_grad_(False)
+        if biases == "noise" and originals:
+            self._shifts = MaskArena(originals, {name: torch.ones_like(bias) for name, bias in originals.items()})
+            for name, owner in owners.items():
+                with_bias[name].bias = self._shifts.effective_weights[owner].requires_grad_(False)
         elif biases == "tune":
-            for name, layer in with_bias.items():
-                layer.bias = self.biases[name] = Parameter(layer.bias.detach().clone())
+            self.biases = {name: Parameter(bias.detach().clone()) for name, bias in originals.items()}
+            for name, owner in owners.items():
+                with_bias[name].bias = self.biases[owner]
+        self._bias_owners = owners
 
     def logits(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The working model's logits of images in pixel space, plus a trigger."""
+        if not self._perturbing:
+            for arena in self._noisy():
+                arena.refresh_if_perturbed()
         # layers whose masks are learned save their inputs, which are outputs of ReLUs: bits would come on top
         with lean_autograd(relu_bits=not self._learning):
             return self.model(images, trigger)
@@ -102,8 +118,7 @@ class MaskRun(Run):
     @torch.no_grad()
     def predictions(self, batch_size: int) -> Tensor:
         """The class that the working model gives each clean image."""
-        # a model may write to its input: it gets copies
-        return torch.cat([self.logits(images.clone()).argmax(1) for images in self.images.split(batch_size)])
+        return torch.cat([self.logits(images).argmax(1) for images in self.images.split(batch_size)])
 
     def new_trigger(self) -> Tensor:
         return torch.zeros_like(self.images[:1]).requires_grad_()
@@ -125,7 +140,7 @@ class MaskRun(Run):
     def draw_noise(self, bound: float) -> None:
         """Noise on the masks, and on the biases of a run with noise on them, uniform in [-bound, bound]."""
         for arena in self._noisy():
-            arena.draw_noise(bound, self._noise_generator)
+            arena.draw_noise(bound, self.noise_generator)
 
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
@@ -139,13 +154,13 @@ class MaskRun(Run):
         """Within, the layers compute with ``(m + δ) ⊙ θ`` and, in a run with noise on biases, ``(1 + ξ) ⊙ b``."""
         for arena in self._noisy():
             arena.perturb()
+        self._perturbing = True
         self._learn_shifts(learn_biases)
         try:
             yield
         finally:
             self._learn_shifts(False)
-            for arena in self._noisy():
-                arena.refresh()
+            self._perturbing = False
 
     def _noisy(self) -> list[MaskArena]:
         return [self.arena] if self._shifts is None else [self.arena, self._shifts]
@@ -159,11 +174,12 @@ class MaskRun(Run):
         """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.
 
         branches:  (factor, images, labels) each
-        together:  run them as one batch, which takes fewer, larger launches and twice the activations
+        together:  run them as one batch, which takes fewer, larger launches and twice the activations; not done where a
+                   batch norm computes with the statistics of its batch
         perturbed: one more branch, at the perturbed weights
         returns:   the cross entropies, detached
         """
-        if together:
+        if together and not self._mixes_batches:
             factors, images, labels = zip(*branches, strict=True)
             parts = self.logits(torch.cat(images)).split([len(part) for part in images])
             losses = [F.cross_entropy(part, label) for part, label in zip(parts, labels, strict=True)]
@@ -183,7 +199,8 @@ class MaskRun(Run):
     def depths(self) -> dict[str, int]:
         """The depth of each mask's layer among the masked ones, from 1: see :func:`maskops.purify._depth.depths`."""
         training = self.model.training
-        found = depths(self.model.eval(), self.images[:2].clone(), self.arena.effective_weights)
+        with self.seeded_layers():
+            found = depths(self.model.eval(), self.images[:2], self.arena.effective_weights)
         self.model.train(training)
         return found
 
@@ -193,17 +210,18 @@ class MaskRun(Run):
         return {name: index for index, name in enumerate(owners, start=1)}
 
     @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor], batch_size: int = 256) -> float:
-        """Of the model in eval mode with these masks in place of the learned ones."""
+    def hits(self, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor], batch_size: int = 256) -> int:
+        """How many images the model classifies rightly, in eval mode and with these masks in place of the learned."""
         learned, training = self.arena.mask.clone(), self.model.training
         self._fill(masks)
         self.model.eval()
         parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        hits = sum((self.logits(part.clone()).argmax(1) == label).sum() for part, label in parts)
+        with self.seeded_layers():
+            hits = sum((self.logits(part).argmax(1) == label).sum() for part, label in parts)
         self.model.train(training)
         self.arena.mask.copy_(learned)
         self.arena.refresh()
-        return int(hits) / len(labels)
+        return int(hits)
 
     def _fill(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in self.arena.masks.items():
@@ -215,15 +233,20 @@ class MaskRun(Run):
 
         pruned: masks of zeros and ones that take the place of the learned ones, which become the scores
         """
-        if not bool(torch.isfinite(self.arena.mask).all()):
-            raise NonFiniteError(f"{self.method}: a mask became nan or infinite; the model is left as it was")
+        for what, value in (("mask", self.arena.mask), *(("bias", bias) for bias in self.biases.values())):
+            if not bool(torch.isfinite(value).all()):
+                raise NonFiniteError(f"{self.method}: a {what} became nan or infinite; the model is left as it was")
         learned = self._apply(self.arena.masks)
         if pruned is not None:
             results["scores"] = learned
             learned = self._apply(pruned)
-        for name, bias in self.biases.items():
-            layer = self._masked.get_submodule(name)
-            layer.bias = Parameter(bias.detach(), layer.bias.requires_grad)
+        if self.biases:
+            tuned = {name: Parameter(bias.detach()) for name, bias in self.biases.items()}
+            for name, owner in self._bias_owners.items():
+                self._masked.get_submodule(name).bias = tuned[owner]
+        if self._track_statistics:
+            for name, buffer in self.model.network.named_buffers():
+                self._masked.get_buffer(name).copy_(buffer)
         layers = masked_layers(self._masked)
         # folding replaces the masked weights: no need to copy them first
         replaced = {id(layer.weight): layer.weight for layer in layers.values()} if self.setting.folded else {}
@@ -242,18 +265,13 @@ class MaskRun(Run):
 def _chosen(network: nn.Module, setting: MaskSetting) -> tuple[Any, tuple[str, ...]]:
     """``layers`` and ``exclude`` for mask_, with what ``"auto"`` stands for in this network."""
     exclude = (setting.exclude,) if isinstance(setting.exclude, str) else tuple(setting.exclude)
-    if setting.layers != "auto":
+    if setting.layers not in ("auto", ("auto",), ["auto"]):
         return setting.layers, exclude
-    if any(isinstance(module, _BatchNorm) for module in network.modules()):
-        scaleless = [name for name, module in network.named_modules() if _has_no_scale(module)]
-        return "norm", (*exclude, *scaleless)
-    kinds = {"conv": nn.modules.conv._ConvNd, "linear": nn.Linear, "norm": nn.LayerNorm}
-    found = [kind for kind, layer in kinds.items() if any(isinstance(module, layer) for module in network.modules())]
-    return found or "linear", exclude
-
-
-def _has_no_scale(module: nn.Module) -> bool:
-    return isinstance(module, tuple(masked.plain for masked in NORMS)) and module.weight is None
+    candidates = {name: module for name, module in network.named_modules() if isinstance(module, tuple(MASKED))}
+    usable = set(maskable(network))
+    batch_norms = {name for name in usable if isinstance(candidates[name], _BatchNorm)}
+    chosen = batch_norms or usable
+    return tuple(LAYERS), (*exclude, *(name for name in candidates if name not in chosen))
 
 
 def _set_masks(masked: nn.Module, owners: Mapping[str, str], values: Mapping[str, Tensor]) -> None:

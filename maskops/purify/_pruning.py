@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from maskops.convert import LAYERS, fold_, mask_, masked_layers
+from maskops.convert import LAYERS, fold_, mask_, masked_layers, masks
+from maskops.nn import GRANULARITIES
 from maskops.purify._masks import MaskRun
 
 THRESHOLDS = tuple(step / 20 for step in range(20))
@@ -63,37 +65,50 @@ def prune(
     scores:  ``scores`` of a :class:`Purification` of that model
     threshold, number, fraction: which neurons to prune: every score at most the threshold, that many of the smallest
              over all layers, or that fraction
-    errors:  ValueError for scores that don't fit the model, and unless exactly one of the three is given
+    errors:  ValueError for scores that aren't of the model's masks, and unless exactly one of the three is given
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
-    >>> prune(model, {"1.mask": torch.tensor([[0.1], [0.9]])}, number=1)[1].weight[0].tolist()
-    [0.0, 0.0]
+    >>> prune(model, {"1.mask": torch.tensor([[0.1], [0.9]])}, number=1)[1].weight.any(1)
+    tensor([False,  True])
     """
     values = kept(scores, threshold=threshold, number=number, fraction=fraction)
     return apply_masks(model, values)
 
 
-def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a plain model with masks, by names such as ``"conv1.mask"``, folded into its weights."""
+def apply_masks(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a plain model with masks, by names such as ``"conv1.mask"``, folded into its weights.
+
+    errors: ValueError for names and shapes that are none of the model's masks
+    """
     masked = copy.deepcopy(model)
-    weights = {name: masked.get_submodule(name.rpartition(".")[0]).weight for name in masks}
-    parameters = {id(weight): Parameter(masks[name].to(weight)) for name, weight in weights.items()}
+    layers = dict(masked.named_modules())
+    weights = [getattr(layers.get(name.rpartition(".")[0]), "weight", None) for name in values]
     # a weight that several layers share has one mask
-    masking = [name for name, module in masked.named_modules() if id(getattr(module, "weight", None)) in parameters]
-    mask_(masked, include=masking, layers=tuple(LAYERS))
-    for layer in masked_layers(masked).values():
-        setattr(layer, layer.mask_name, parameters[id(layer.weight)])
+    ties = {id(weight) for weight in weights if weight is not None}
+    names = [name for name, layer in layers.items() if id(getattr(layer, "weight", None)) in ties]
+    if names:
+        mask_(masked, include=names, layers=tuple(LAYERS))
+    if not names or set(masks(masked)) != set(values):
+        raise ValueError(f"prune: expected scores of masks of the model; got {', '.join(values) or 'none'}")
+    parameters = {id(weight): Parameter(values[name].to(weight)) for name, weight in zip(values, weights, strict=True)}
+    for name, layer in masked_layers(masked).items():
+        mask, shapes = parameters[id(layer.weight)], {layer._mask_shape(granularity) for granularity in GRANULARITIES}
+        if tuple(mask.shape) not in shapes:
+            raise ValueError(f"prune: scores of {name} must have one of the shapes {shapes}; got {tuple(mask.shape)}")
+        setattr(layer, layer.mask_name, mask)
     return fold_(masked)
 
 
 def threshold_within(budget: float, run: MaskRun, images: Tensor, labels: Tensor) -> float:
-    """The largest of THRESHOLDS up to which pruning costs at most ``budget`` of the accuracy on held-out clean images.
+    """The last of THRESHOLDS before pruning costs more than ``budget`` of the accuracy on held-out clean images.
 
     No trigger is needed to choose it. -1, which prunes nothing, where even the smallest costs more.
     """
-    chosen, least = -1.0, run.accuracy(images, labels, kept(run.arena.masks, threshold=-1)) - budget
+    # an allowance of 0.05 of 100 images is 5 of them, whatever the rounding of 0.05
+    allowed = math.floor(budget * len(labels) + 1e-6)
+    chosen, least = -1.0, run.hits(images, labels, kept(run.arena.masks, threshold=-1)) - allowed
     for threshold in THRESHOLDS:
-        if run.accuracy(images, labels, kept(run.arena.masks, threshold=threshold)) < least:
+        if run.hits(images, labels, kept(run.arena.masks, threshold=threshold)) < least:
             break
         chosen = threshold
     return chosen

@@ -11,6 +11,9 @@ import torch
 from maskops.nn import GRANULARITIES
 from maskops.purify._options import Auto, choice, number
 
+_STREAMS = 1 << 22
+"""Seeds below 2**63 that are left for streams derived from one."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -36,7 +39,7 @@ class Setting:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        number("purify", self, "seed", int, 0)
+        number("purify", self, "seed", int, 0, 2**63 - _STREAMS)
         number("purify", self, "crop", int, 0, auto=True)
         for name in ("flip", "progress"):
             choice("purify", self, name, (True, False))
@@ -53,7 +56,7 @@ class MaskSetting(Setting):
     """What is masked, and how the result comes; for the methods that learn masks, beside :class:`Setting`.
 
     layers:      as in :func:`maskops.mask_`; or ``"auto"``: the batch norms of a model that has any, otherwise its
-                 convolutions, linear layers and layer norms
+                 convolutions, linear layers and layer norms; of either, those that can be masked
     include, exclude, granularity: as in :func:`maskops.mask_`
     folded:      return plain layers with the masks folded in; otherwise masked layers
     """

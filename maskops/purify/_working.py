@@ -35,6 +35,9 @@ class PixelModel(nn.Module):
     dtype:     of activations, by autocast; None for the network's own
     """
 
+    overwrites = True
+    """Whether the network may write to its input, which then gets a copy."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -49,7 +52,9 @@ class PixelModel(nn.Module):
         self.network = network
 
     def normalise(self, images: Tensor) -> Tensor:
-        return images if self.mean is None else (images - self.mean) / self.std
+        if self.mean is not None:
+            return (images - self.mean) / self.std
+        return images.clone() if self.overwrites else images
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images (B, C, H, W) in [0, 1], in the images' dtype."""
@@ -58,7 +63,8 @@ class PixelModel(nn.Module):
 
     def _precision(self, images: Tensor) -> torch.autocast:
         # no autocast, too, is set: one around the run would keep stale copies of effective weights
-        return torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        # and none is kept from one forward to the next, whatever contexts are around
+        return torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
 
 class WorkingModel(PixelModel):
@@ -69,12 +75,13 @@ class WorkingModel(PixelModel):
     conv(x + Δ) = conv(x) + conv(Δ). Both need to know who reads what, which one forward of ``example`` shows; where the
     answer isn't certain, or the logits of the example come out otherwise, nothing is changed.
 
-    In train mode, for runs on the statistics of their batches, nothing is folded and no running statistic changes.
+    In train mode, for runs on the statistics of their batches, nothing is folded.
 
     network:   as for :class:`PixelModel`; without gradients from now on
     example:   (B, C, H, W) images in pixel space on the network's device
     masked:    names of layers that are not to be folded away; those whose weight no forward reads are in ``unused``
     fold:      whether the algebra is allowed: not where what it folds is to be changed, and not for train mode
+    track:     whether running statistics follow the batches of train mode
     all else:  as for :class:`PixelModel`
     """
 
@@ -87,17 +94,23 @@ class WorkingModel(PixelModel):
         masked: Collection[str] = (),
         dtype: torch.dtype | None = None,
         fold: bool = True,
+        track: bool = False,
     ) -> None:
         super().__init__(network.requires_grad_(False), mean, std, dtype)
         self._first: str | None = None
         self.eval()
-        unfolded = shared_copy(self.network)
-        with torch.no_grad(), self._precision(example), _Readers() as readers:
-            logits = _logits(readers.watch(self.network, self.normalise(example.clone())))
+        with torch.no_grad(), self._precision(example):
+            seen = self.normalise(example).clone()
+            before = seen.clone()
+            with _Readers() as readers:
+                logits = _logits(readers.watch(self.network, seen))
+        self.overwrites = not torch.equal(seen, before)
         self.unused = [name for name in masked if not readers.reads(self.network.get_submodule(name).weight)]
-        if not fold:
+        if not track:
             _keep_running_statistics(self.network)
+        if not fold:
             return
+        unfolded = shared_copy(self.network)
         _fold_batch_norms(self.network, readers, masked)
         if not self._agrees(logits, example):
             self.network = unfolded
@@ -111,7 +124,7 @@ class WorkingModel(PixelModel):
 
     @torch.no_grad()
     def _agrees(self, expected: Tensor, images: Tensor, trigger: Tensor | None = None) -> bool:
-        difference = (self(images.clone(), trigger) - expected).abs().max()
+        difference = (self(images, trigger) - expected).abs().max()
         coarsest = images.dtype if self.dtype is None else self.dtype
         return bool(difference <= torch.finfo(coarsest).eps ** 0.5 * expected.abs().max().clamp_min(1))
 
@@ -258,6 +271,8 @@ def _keep_running_statistics(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.track_running_stats = False
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            module.momentum = 0.0
 
 
 def _first_convolution(network: nn.Module, readers: _Readers) -> str | None:

@@ -29,9 +29,9 @@ class ANPOptions:
     batch_size:   b, at most n
     lr, momentum: η, and of SGD on the masks
     statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on), as
-                  published; ``"running"``: in eval mode
-    threshold:    neurons whose mask is at most this are pruned, none at -1; ``"auto"``: the largest of 0, 0.05, …,
-                  0.95 that costs at most ``budget`` of the accuracy on clean images held out from the masks
+                  published; ``"running"``: in eval mode. The result has the user's running statistics
+    threshold:    neurons whose mask is at most this are pruned, none at -1; ``"auto"``: the last of 0, 0.05, …, 0.95
+                  before the accuracy on clean images, held out from the masks, falls by more than ``budget``
     number, fraction: prune that many, or that share, of the neurons with the smallest masks instead; None for neither
     budget:       accuracy, as a fraction of 1, that ``threshold="auto"`` may cost
     held_out:     share of the clean images that ``threshold="auto"`` holds out
@@ -125,7 +125,8 @@ def anp(
     held_out = run.hold_out(chosen.held_out) if chosen.chooses_threshold else None
     chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
     if chosen.number is not None:
-        kept(run.arena.masks, number=chosen.number)  # raises now, not after the run, if there are fewer neurons
+        with run.named_errors():
+            kept(run.arena.masks, number=chosen.number)  # raises now, not after the run, if there are fewer neurons
     alpha, epsilon = chosen.alpha, chosen.epsilon
     bound = epsilon if chosen.project else None
     masks = MaskSGD(run.arena, lr=chosen.lr, momentum=chosen.momentum)  # line 2: every mask is 1

@@ -25,7 +25,7 @@ class NFTOptions:
     """The hyper-parameters of NFT. The defaults are the paper's for CIFAR-10.
 
     lr, momentum: of SGD on the masks
-    epochs, steps: mask steps are epochs * steps; steps ``"auto"`` is one pass over the clean images
+    epochs, steps: mask steps are epochs * steps; steps ``"auto"`` is as many as one pass over the clean images takes
     batch_size:   at most n
     lr_decay:     factor on lr, once every ``lr_decay_epochs`` epochs (the paper's on Tiny-ImageNet: 0.65 every 20)
     cosine_to:    learning rate that a cosine reaches after all epochs, in place of lr_decay; None for none
@@ -36,8 +36,8 @@ class NFTOptions:
     augmentation: of Table 7: mixup (the paper's own), cutmix, cutout, augmix, randaugment, adversarial, none
     mixup_alpha:  λ ~ Beta(mixup_alpha, mixup_alpha), for mixup and cutmix
     tune_bias:    learn the masked layers' biases too, by the same SGD (Table 14, which doesn't say how)
-    statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on), as
-                  published; ``"running"``: in eval mode
+    statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on) and the
+                  running statistics of the result follow, as published; ``"running"``: in eval mode, with the user's
     """
 
     lr: float = 0.05
@@ -115,11 +115,11 @@ def nft(
     linear layer's weight, or a channel of a layer norm: that is what ``layers="auto"`` means. The floor μ keeps early
     layers near to what they were, and no neuron is pruned.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; with statistics of batches, the user's running
-                statistics are left alone, and ``on_epoch`` measures the model in eval mode
+    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the model in eval mode
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`NFTOptions` and :class:`maskops.purify.MaskSetting`
-    returns:    a :class:`maskops.purify.Purification`; the masks are soft
+    returns:    a :class:`maskops.purify.Purification`; the masks are soft. With statistics of batches, the model's
+                running statistics are new too, so that the masks alone don't make it from the original
     errors:     as in :func:`maskops.purify.awm`
     source:     the supplementary, Section 2.2 (the loss is that of Zhang et al. 2018 on masks), and the published code
                 where that is silent
@@ -134,7 +134,8 @@ def nft(
     chosen, setting = settle("nft", PRESETS, preset, options)
     batch_statistics = chosen.statistics == "batch"
     biases = "tune" if chosen.tune_bias else None
-    run = MaskRun("nft", model, clean_data, setting, batch_statistics=batch_statistics, biases=biases)
+    modes = {"batch_statistics": batch_statistics, "track_statistics": True}
+    run = MaskRun("nft", model, clean_data, setting, **modes, biases=biases)
     chosen = chosen.for_labels(run.labels)
     floors = run.arena.per_mask(_floors(run, chosen))
     momentum = chosen.momentum

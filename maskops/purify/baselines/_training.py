@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maskops.purify._loop import NonFiniteError, Purification, Run
 from maskops.purify._options import number
+from maskops.purify._pruning import THRESHOLDS, apply_masks, kept
 from maskops.purify._working import PixelModel
 
 
@@ -52,6 +53,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Tensor],
     after_step: Callable[[], None] | None = None,
+    note: str = "loss",
 ) -> None:
     """One step down the cross entropy of each batch."""
     for batch in batches:
@@ -62,7 +64,7 @@ def train(
         optimizer.step()
         if after_step is not None:
             after_step()
-        run.note("loss", loss)
+        run.note(note, loss)
 
 
 @torch.no_grad()
@@ -75,6 +77,25 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     hits = sum((model(part.clone()).argmax(1) == label).sum() for part, label in parts)
     model.train(training)
     return int(hits) / len(labels)
+
+
+def threshold_on(
+    run: Run, original: nn.Module, scores: Mapping[str, Tensor], images: Tensor, labels: Tensor, budget: float
+) -> float:
+    """The largest of THRESHOLDS up to which pruning costs a model at most ``budget`` of its held-out accuracy.
+
+    -1, which prunes nothing, where even the smallest costs more.
+    """
+
+    def accuracy_of(network: nn.Module) -> float:
+        return accuracy(PixelModel(network, run.mean, run.std, run.low_dtype), images, labels)
+
+    chosen, least = -1.0, accuracy_of(original) - budget
+    for threshold in THRESHOLDS:
+        if accuracy_of(apply_masks(original, kept(scores, threshold=threshold))) < least:
+            break
+        chosen = threshold
+    return chosen
 
 
 def finish(run: Run, options: Any, model: PixelModel, **results: Any) -> Purification:

@@ -1,0 +1,93 @@
+"""What one forward of any model shows: where its last linear layer reads from, and its maps at each resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
+    """Within, the hook sees each call of the modules: module, inputs, output."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def last_linear(model: nn.Module, images: Tensor) -> tuple[nn.Linear, int]:
+    """The last linear layer that a forward calls, and how many of its inputs belong to one neuron.
+
+    A neuron is a channel of the convolution before, where no linear layer lies between the two, or else one input.
+
+    errors: ValueError when none is called
+    """
+    called: list[tuple[nn.Module, int]] = []
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        called.append((module, output.shape[1]))
+
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    with hooked([module for module in model.modules() if isinstance(module, layers)], record):
+        model(images)
+    while called and not isinstance(called[-1][0], nn.Linear):
+        called.pop()
+    if not called:
+        raise ValueError("the model's forward calls no nn.Linear, of whose inputs some would be pruned")
+    linear, _ = called.pop()
+    if not called or isinstance(called[-1][0], nn.Linear):
+        return linear, 1
+    size, rest = divmod(linear.in_features, called[-1][1])
+    return linear, size if size and not rest else 1
+
+
+@torch.no_grad()
+def activity(model: nn.Module, linear: nn.Linear, batches: Iterable[Tensor]) -> Tensor:
+    """(in_features,) the mean absolute value of each input of a linear layer over images."""
+    sums, count = torch.zeros_like(linear.weight[0]), 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        sums.add_(inputs[0].abs().flatten(0, -2).mean(0), alpha=len(output))
+
+    with hooked([linear], add):
+        for images in batches:
+            model(images.clone())
+            count += len(images)
+    return sums / count
+
+
+class Maps:
+    """While it watches a model: the last feature maps (B, C, H, W) of each resolution in the latest forward.
+
+    These are what the network hands on before it changes its resolution; maps of one pixel are left out.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, ...], Tensor] = {}
+        self.ends_in_tokens = False
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Maps]:
+        with hooked(model.modules(), self._keep):
+            yield self
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+            return
+        self.ends_in_tokens = output.dim() == 3
+        if output.dim() == 4 and output[0, 0].numel() > 1:
+            self._last[tuple(output.shape[2:])] = output
+
+    def take(self) -> list[Tensor]:
+        """Those of the forward before, from the first resolution to the last."""
+        maps, self._last = list(self._last.values()), {}
+        return maps
