@@ -93,7 +93,7 @@ def test_floors_follow_depth_or_the_order_of_the_masks():
     torch.manual_seed(0)
     model = models.build("resnet18").double()
     data = torch.rand(6, 3, 16, 16), torch.randint(10, (6,))
-    # a heavy L1 term the wrong way: with eta 0 and a huge rate masks go to their floors or stay at 1
+    # at this rate a step takes a mask to its floor or to 1
     options = {"epochs": 1, "steps": 8, "lr": 1e4, "momentum": 0.0, "eta": 0.0, "floor": 0.5, "floor_decay": 0.1}
     by_depth, by_index = (nft(model, data, floor_by=by, **options, **PLAIN).masks for by in ("depth", "index"))
     assert (by_depth["bn1.neuron_mask"] == 1).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch.nn.parameter import Parameter
 
 from maskops.convert import LAYERS, fold_, mask_, masked_layers, masks
 from maskops.nn import GRANULARITIES
-from maskops.purify._masks import MaskRun
 
 THRESHOLDS = tuple(step / 20 for step in range(20))
 """0, 0.05, …, 0.95: those that the published codes of ANP and RNP try."""
@@ -99,16 +98,22 @@ def apply_masks(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     return fold_(masked)
 
 
-def threshold_within(budget: float, run: MaskRun, images: Tensor, labels: Tensor) -> float:
+def threshold_within(
+    budget: float, scores: Mapping[str, Tensor], hits: Callable[[Mapping[str, Tensor]], int], count: int
+) -> float:
     """The last of THRESHOLDS before pruning costs more than ``budget`` of the accuracy on held-out clean images.
 
-    No trigger is needed to choose it. -1, which prunes nothing, where even the smallest costs more.
+    hits:    how many of them a model with such masks classifies rightly
+    count:   how many they are
+    returns: -1, which prunes nothing, where even the smallest threshold costs more
+
+    No trigger is needed to choose it.
     """
     # an allowance of 0.05 of 100 images is 5 of them, whatever the rounding of 0.05
-    allowed = math.floor(budget * len(labels) + 1e-6)
-    chosen, least = -1.0, run.hits(images, labels, kept(run.arena.masks, threshold=-1)) - allowed
+    allowed = math.floor(budget * count + 1e-6)
+    chosen, least = -1.0, hits(kept(scores, threshold=-1)) - allowed
     for threshold in THRESHOLDS:
-        if run.hits(images, labels, kept(run.arena.masks, threshold=threshold)) < least:
+        if hits(kept(scores, threshold=threshold)) < least:
             break
         chosen = threshold
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,9 @@ def anp(
         run.report(on_epoch, epoch, run.model)
 
     if held_out is not None:
-        chosen = replace(chosen, threshold=threshold_within(chosen.budget, run, *held_out))
+        hits = partial(run.hits, *held_out)
+        threshold = threshold_within(chosen.budget, run.arena.masks, hits, len(held_out[1]))
+        chosen = replace(chosen, threshold=threshold)
     return run.finish(chosen, pruned=_pruned(run.arena.masks, chosen))  # lines 13, 14
 
 

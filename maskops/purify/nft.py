@@ -36,8 +36,8 @@ class NFTOptions:
     augmentation: of Table 7: mixup (the paper's own), cutmix, cutout, augmix, randaugment, adversarial, none
     mixup_alpha:  λ ~ Beta(mixup_alpha, mixup_alpha), for mixup and cutmix
     tune_bias:    learn the masked layers' biases too, by the same SGD (Table 14, which doesn't say how)
-    statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on) and the
-                  running statistics of the result follow, as published; ``"running"``: in eval mode, with the user's
+    statistics:   ``"batch"``: the model runs in train mode (batch norms on their batch's statistics, dropout on) and
+                  the result's running statistics follow, as published; ``"running"``: in eval mode, with the user's
     """
 
     lr: float = 0.05

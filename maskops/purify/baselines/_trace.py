@@ -91,3 +91,22 @@ class Maps:
         """Those of the forward before, from the first resolution to the last."""
         maps, self._last = list(self._last.values()), {}
         return maps
+
+
+def attention(model: nn.Module, images: Tensor, count: int, power: float) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the attention maps (B, H, W) of the last ``count`` resolutions, each of norm 1."""
+    with Maps().watch(model) as maps:
+        logits = model(images)
+    summed = [each.to(logits.dtype).abs().pow(power).sum(1) for each in maps.take()[-count:]]
+    return logits, [each / (each.norm(dim=(1, 2), keepdim=True) + 1e-6) for each in summed]
+
+
+@torch.no_grad()
+def check_maps(model: nn.Module, images: Tensor) -> None:
+    """Raise unless a model in train mode has maps to attend to."""
+    with Maps().watch(model.eval()) as maps:
+        model(images)
+    model.train()
+    if maps.ends_in_tokens or not maps.take():
+        found = "ends in tokens" if maps.ends_in_tokens else "has none"
+        raise ValueError(f"attention is of feature maps (images, channels, height, width); this model {found}")

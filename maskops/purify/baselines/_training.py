@@ -1,18 +1,19 @@
-"""What the baselines share: batches, SGD on all weights, and the accuracy on images that are held out."""
+"""What the baselines share: batches, SGD on all weights, running statistics, images that are held out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskops.purify._loop import NonFiniteError, Purification, Run
 from maskops.purify._options import number
-from maskops.purify._pruning import THRESHOLDS, apply_masks, kept
 from maskops.purify._working import PixelModel
 
 
@@ -67,35 +68,55 @@ def train(
         run.note(note, loss)
 
 
+def unlearn(run: Run, model: PixelModel, options: Any) -> None:
+    """Climb the cross entropy until the accuracy is at most ``least_accuracy``; options are RNP's."""
+    optimizer = sgd(model, replace(options, lr=options.unlearn_lr))
+    for epoch in run.epochs(options.unlearn_epochs):
+        set_lr(optimizer, options.unlearn_lr * options.lr_decay ** (epoch // options.lr_decay_epochs))
+        right = torch.zeros((), device=run.device)
+        with run.phase("unlearn"):
+            for batch in one_pass(run, options.batch_size):
+                images, labels = run.sample(batch)
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                (-loss).backward()
+                if options.max_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
+                optimizer.step()
+                right += (logits.argmax(1) == labels).sum()
+                run.note("unlearning loss", loss)
+        if right / len(run.images) <= options.least_accuracy:
+            break
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
-    """Of a model on pixels, in eval mode."""
-    training = model.training
+def hits(run: Run, network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> int:
+    """How many images the network classifies rightly, in eval mode."""
+    model = PixelModel(network, run.mean, run.std, run.low_dtype)
+    training = network.training
     model.eval()
     parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    # a model may write to its input: it gets copies
-    hits = sum((model(part.clone()).argmax(1) == label).sum() for part, label in parts)
-    model.train(training)
-    return int(hits) / len(labels)
+    right = sum((model(part).argmax(1) == label).sum() for part, label in parts)
+    network.train(training)
+    return int(right)
 
 
-def threshold_on(
-    run: Run, original: nn.Module, scores: Mapping[str, Tensor], images: Tensor, labels: Tensor, budget: float
-) -> float:
-    """The largest of THRESHOLDS up to which pruning costs a model at most ``budget`` of its held-out accuracy.
-
-    -1, which prunes nothing, where even the smallest costs more.
-    """
-
-    def accuracy_of(network: nn.Module) -> float:
-        return accuracy(PixelModel(network, run.mean, run.std, run.low_dtype), images, labels)
-
-    chosen, least = -1.0, accuracy_of(original) - budget
-    for threshold in THRESHOLDS:
-        if accuracy_of(apply_masks(original, kept(scores, threshold=threshold))) < least:
-            break
-        chosen = threshold
-    return chosen
+@torch.no_grad()
+def measure_statistics(model: PixelModel, images: Tensor, batch_size: int) -> None:
+    """Give batch norms, batch by batch, the running statistics that the model has on the images."""
+    norms = [module for module in model.eval().modules() if isinstance(module, _BatchNorm)]
+    norms = [norm.train() for norm in norms if norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    for batch in images.split(batch_size) if norms else ():
+        if len(batch) > 1 or batch_size == 1:
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train()
 
 
 def finish(run: Run, options: Any, model: PixelModel, **results: Any) -> Purification:

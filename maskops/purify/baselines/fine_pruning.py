@@ -13,7 +13,7 @@ from maskops.purify._options import Preset, choice, number, settle
 from maskops.purify._setting import Setting
 from maskops.purify._working import PixelModel
 from maskops.purify.baselines._trace import activity, last_linear
-from maskops.purify.baselines._training import accuracy, check_training, cosine, finish, one_pass, set_lr, sgd, train
+from maskops.purify.baselines._training import check_training, cosine, finish, hits, one_pass, set_lr, sgd, train
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,17 @@ def _prune(
     """Prune within the budget; returns the last linear layer and zeros for those of its inputs that are pruned."""
     model.eval()
     with run.named_errors():
-        linear, size = last_linear(model, run.images[:2].clone())
+        linear, size = last_linear(model, run.images[:2])
     per_neuron = activity(model, linear, run.images.split(options.batch_size)).view(-1, size).mean(1)
     order = per_neuron.argsort(stable=True)
     weight, kept = linear.weight.clone(), torch.ones_like(per_neuron)
-    before = accuracy(model, *held_out)
-    least = before * (1 - options.budget) if options.relative else before - options.budget
+    before = hits(run, model.network, *held_out)
+    allowed = options.budget * (before if options.relative else len(held_out[1]))
     step, count = max(1, round(options.step * len(order))), 0
     while count + step < len(order):
         fewer = kept.index_fill(0, order[: count + step], 0)
         linear.weight.copy_(weight * fewer.repeat_interleave(size))
-        if accuracy(model, *held_out) < least:
+        if before - hits(run, model.network, *held_out) > allowed + 1e-6:
             break
         kept, count = fewer, count + step
     kept = kept.repeat_interleave(size)

@@ -7,18 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._options import Auto, Preset, choice, number, settle
 from maskops.purify._setting import Setting
-from maskops.purify._working import PixelModel
-from maskops.purify.baselines._hypergradient import Objective, hypergradient
+from maskops.purify.baselines._hypergradient import hypergradient
 from maskops.purify.baselines._training import finish
-
-Batch = tuple[Tensor, Tensor]
+from maskops.purify.baselines._universal_trigger import ascended, inner_objective, outer_objective
 
 
 @dataclass(frozen=True)
@@ -130,12 +127,12 @@ def ibau(
         for epoch in run.epochs(chosen.epochs):
             batches = [run.sample(batch) for batch in order]
             with run.phase("inner"):
-                trigger = _inner(run, unlearned, batches, chosen)
+                trigger = ascended(run, unlearned, batches, chosen)
             with run.phase("outer"):
                 for batch in batches:
                     inner_batch = batches[0] if chosen.inner_batch == "first" else batch
-                    inner = _inner_objective(unlearned, inner_batch, chosen)
-                    outer = _outer_objective(run, unlearned, batch, chosen)
+                    inner = inner_objective(unlearned, inner_batch, chosen)
+                    outer = outer_objective(run, unlearned, batch, chosen)
                     fixed_point = chosen.terms, chosen.fixed_point_step
                     loss, gradients = hypergradient(outer, inner, trigger, parameters, *fixed_point)
                     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -145,35 +142,3 @@ def ibau(
             run.report(on_epoch, epoch, unlearned)
 
     return finish(run, chosen, unlearned, trigger=trigger)
-
-
-def _inner(run: Run, model: PixelModel, batches: list[Batch], options: IBAUOptions) -> Tensor:
-    """The trigger that gradient ascent finds."""
-    trigger = torch.zeros_like(run.images[:1])
-    for step in range(options.inner_steps):
-        images, labels = batches[step % len(batches)]
-        if options.inner_labels == "predicted":
-            with torch.no_grad():
-                labels = model(images.clone()).argmax(1)
-        trigger.requires_grad_()
-        loss = _inner_objective(model, (images, labels), options)(trigger)
-        (gradient,) = torch.autograd.grad(loss, trigger)
-        trigger = trigger.detach() - options.inner_lr * gradient
-        if options.project:
-            trigger = trigger * (options.radius / trigger.norm().clamp_min(options.radius or 1))
-        run.note("inner loss", -loss)
-    return trigger
-
-
-def _inner_objective(model: PixelModel, batch: Batch, options: IBAUOptions) -> Objective:
-    images, labels = batch
-    return lambda trigger: options.penalty * trigger.square().sum() - F.cross_entropy(model(images + trigger), labels)
-
-
-def _outer_objective(run: Run, model: PixelModel, batch: Batch, options: IBAUOptions) -> Objective:
-    images, labels = batch
-    carriers = torch.zeros(len(images), 1, 1, 1, dtype=images.dtype)
-    count = max(1, round(options.share * len(images)))
-    carriers[torch.randperm(len(images), generator=run.generator)[:count]] = 1
-    carriers = carriers.to(images.device)
-    return lambda trigger: F.cross_entropy(model(images + carriers * trigger), labels)

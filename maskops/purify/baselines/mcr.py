@@ -9,14 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
 
 from maskops.purify._loop import OnEpoch, Purification, Run
-from maskops.purify._options import Preset, choice, number, settle
+from maskops.purify._options import Preset, number, settle
 from maskops.purify._setting import Setting
 from maskops.purify._working import PixelModel
-from maskops.purify.baselines._training import check_training, cosine, finish, one_pass, set_lr, sgd, train
+from maskops.purify.baselines._training import (
+    check_training,
+    finish,
+    measure_statistics,
+    one_pass,
+    sgd,
+    train,
+)
 
 Weights = dict[str, Tensor]
 
@@ -31,7 +37,6 @@ class MCROptions:
     epochs, lr:   the same for the curve's inner point
     momentum, weight_decay: of both; on the curve the decay is of the weights at t
     batch_size:   at most n
-    cosine:       both learning rates fall to 0 along a cosine, epoch by epoch
     """
 
     t: float = 0.1
@@ -42,14 +47,12 @@ class MCROptions:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
-    cosine: bool = False
 
     def __post_init__(self) -> None:
         number("mcr", self, "t", float, 0, 1)
         number("mcr", self, "end_epochs", int, 1)
         number("mcr", self, "end_lr", float, 0)
         check_training("mcr", self)
-        choice("mcr", self, "cosine", (True, False))
 
 
 _AUGMENTED = Setting(crop="auto", flip=True)
@@ -100,8 +103,7 @@ def mcr(
     chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
     curve, end = run.trainable_copy(), run.trainable_copy()
     optimizer = sgd(end, replace(chosen, lr=chosen.end_lr))
-    for epoch in run.epochs(chosen.end_epochs):
-        set_lr(optimizer, chosen.end_lr * (cosine(epoch, chosen.end_epochs) if chosen.cosine else 1))
+    for _ in run.epochs(chosen.end_epochs):
         with run.phase("end"):
             train(run, end, optimizer, one_pass(run, chosen.batch_size), note="end loss")
 
@@ -109,7 +111,6 @@ def mcr(
     inner = {name: Parameter((first[name] + last[name]) / 2) for name in first}
     optimizer = torch.optim.SGD(inner.values(), lr=chosen.lr, momentum=chosen.momentum)
     for epoch in run.epochs(chosen.epochs):
-        set_lr(optimizer, chosen.lr * (cosine(epoch, chosen.epochs) if chosen.cosine else 1))
         with run.phase("curve"):
             for batch in one_pass(run, chosen.batch_size):
                 images, labels = run.sample(batch)
@@ -139,18 +140,6 @@ def _bezier(first: Weights, inner: Weights, last: Weights, t: float) -> Weights:
 
 @torch.no_grad()
 def _settle_at(run: Run, model: PixelModel, weights: Weights, batch_size: int) -> None:
-    """Give the model these weights and, batch by batch, the running statistics that they have on the clean images."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
-    norms = [module for module in model.eval().modules() if isinstance(module, _BatchNorm)]
-    norms = [norm.train() for norm in norms if norm.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-    for images in run.images.split(batch_size) if norms else ():
-        if len(images) > 1 or batch_size == 1:
-            model(images.clone())
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train()
+    measure_statistics(model, run.images, batch_size)

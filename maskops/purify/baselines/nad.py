@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._options import Preset, number, settle
 from maskops.purify._setting import Setting
-from maskops.purify._working import PixelModel
-from maskops.purify.baselines._trace import Maps
+from maskops.purify.baselines._trace import attention, check_maps
 from maskops.purify.baselines._training import check_training, finish, one_pass, set_lr, sgd, train
 
 BETAS = (500.0, 1000.0, 1000.0)
@@ -108,7 +107,9 @@ def nad(
     run = Run("nad", model, clean_data, setting)
     chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
     teacher, student = run.trainable_copy(), run.trainable_copy()
-    _check_maps(run, student)
+    count = len(chosen.betas)
+    with run.named_errors():
+        check_maps(student, run.images[:2])
     optimizer = sgd(teacher, chosen)
     for epoch in run.epochs(chosen.teacher_epochs):
         set_lr(optimizer, _learning_rate(epoch, chosen))
@@ -123,8 +124,8 @@ def nad(
             for batch in one_pass(run, chosen.batch_size):
                 images, labels = run.sample(batch)
                 with torch.no_grad():
-                    _, taught = _attention(teacher, images.clone(), chosen)
-                logits, own = _attention(student, images, chosen)
+                    _, taught = attention(teacher, images, count, chosen.power)
+                logits, own = attention(student, images, count, chosen.power)
                 loss = F.cross_entropy(logits, labels)
                 weights = chosen.betas[-len(own) :]
                 distance = sum(b * F.mse_loss(a, t) for b, a, t in zip(weights, own, taught, strict=True))
@@ -140,21 +141,3 @@ def nad(
 
 def _learning_rate(epoch: int, options: NADOptions) -> float:
     return max(options.lr * options.lr_decay ** (epoch // options.lr_decay_epochs), options.least_lr)
-
-
-def _attention(model: PixelModel, images: Tensor, options: NADOptions) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and attention maps (B, H, W) at the last resolutions, as many as there are weights."""
-    with Maps().watch(model) as maps:
-        logits = model(images)
-    summed = [each.to(logits.dtype).abs().pow(options.power).sum(1) for each in maps.take()[-len(options.betas) :]]
-    return logits, [each / (each.norm(dim=(1, 2), keepdim=True) + 1e-6) for each in summed]
-
-
-@torch.no_grad()
-def _check_maps(run: Run, model: PixelModel) -> None:
-    with Maps().watch(model.eval()) as maps:
-        model(run.images[:2].clone())
-    model.train()
-    if maps.ends_in_tokens or not maps.take():
-        found = "ends in tokens" if maps.ends_in_tokens else "has none"
-        raise ValueError(f"nad: attention is of feature maps (images, channels, height, width); this model {found}")

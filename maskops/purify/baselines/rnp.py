@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from maskops.optim import MaskSGD
 from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional, settle
-from maskops.purify._pruning import apply_masks, kept
+from maskops.purify._pruning import apply_masks, kept, threshold_within
 from maskops.purify._setting import MaskSetting
-from maskops.purify._working import PixelModel
-from maskops.purify.baselines._training import one_pass, set_lr, sgd, threshold_on
+from maskops.purify.baselines._training import hits, one_pass, unlearn
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,14 @@ class RNPOptions:
     unlearn_epochs, unlearn_lr: passes of gradient ascent on all weights at most, and their learning rate
     lr_decay:     factor on unlearn_lr, once every ``lr_decay_epochs`` passes
     least_accuracy: a pass whose accuracy is at most this is the last
-    max_norm:     of the gradient of an ascent step; None for any
-    weight_decay: of the ascent
+    max_norm, weight_decay: of the ascent's gradient, None for any, and of its weights
     epochs:       passes over the clean images in which the masks recover what was unlearned
     lr:           of SGD on the masks
     alpha:        factor on the masks' loss
     momentum:     of both
     batch_size:   at most n
-    threshold:    neurons whose mask is at most this are pruned, none at -1; ``"auto"``: the largest of 0, 0.05, …, 0.95
-                  that costs at most ``budget`` of the accuracy on clean images that are held out from everything before
+    threshold:    neurons whose mask is at most this are pruned, none at -1; ``"auto"``: the last of 0, 0.05, …, 0.95
+                  before the accuracy on clean images, held out from everything before, falls by more than ``budget``
     budget:       accuracy, as a fraction of 1, that ``threshold="auto"`` may cost
     held_out:     share of the clean images that ``threshold="auto"`` holds out
     """
@@ -115,7 +112,7 @@ def rnp(
     held_out = run.hold_out(chosen.held_out) if chosen.threshold == "auto" else None
     chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
     unlearned = run.trainable_copy()
-    _unlearn(run, unlearned, chosen)
+    unlearn(run, unlearned, chosen)
 
     masked = MaskRun("rnp", unlearned.network, clean_data, setting, batch_statistics=True)
     masks = MaskSGD(masked.arena, lr=chosen.lr, momentum=chosen.momentum)
@@ -129,30 +126,10 @@ def rnp(
 
     original = copy.deepcopy(model).to(run.device)
     scores = masked.finish(chosen).masks
-    threshold = chosen.threshold
     if held_out is not None:
-        threshold = threshold_on(run, original, scores, *held_out, chosen.budget)
-        run.history["threshold"] = [threshold]
-    pruned = kept(scores, threshold=threshold)
+        threshold = threshold_within(
+            chosen.budget, scores, lambda masks: hits(run, apply_masks(original, masks), *held_out), len(held_out[1])
+        )
+        chosen = replace(chosen, threshold=threshold)
+    pruned = kept(scores, threshold=chosen.threshold)
     return run.finish(chosen, apply_masks(original, pruned), masks=pruned, scores=scores)
-
-
-def _unlearn(run: Run, model: PixelModel, options: RNPOptions) -> None:
-    optimizer = sgd(model, replace(options, lr=options.unlearn_lr))
-    for epoch in run.epochs(options.unlearn_epochs):
-        set_lr(optimizer, options.unlearn_lr * options.lr_decay ** (epoch // options.lr_decay_epochs))
-        hits = torch.zeros((), device=run.device)
-        with run.phase("unlearn"):
-            for batch in one_pass(run, options.batch_size):
-                images, labels = run.sample(batch)
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels)
-                optimizer.zero_grad()
-                (-loss).backward()
-                if options.max_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
-                optimizer.step()
-                hits += (logits.argmax(1) == labels).sum()
-                run.note("unlearning loss", loss)
-        if hits / len(run.images) <= options.least_accuracy:
-            break
