@@ -12,11 +12,6 @@ import numpy as np
 _PYTHON = {"train": ("data_batch_1", "train"), "test": ("test_batch", "test")}
 _BINARY = {"train": ("data_batch_1.bin", "train.bin"), "test": ("test_batch.bin", "test.bin")}
 _PIXELS = 3 * 32 * 32
-_ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-    (f"numpy.{core}.{module}", function)
-    for core in ("core", "_core")
-    for module, function in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-}
 
 
 def is_cifar(folder: Path) -> bool:
@@ -42,9 +37,13 @@ def read_cifar(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 def _files(folder: Path, part: str) -> list[Path]:
     for layout in (_PYTHON, _BINARY):
         for name in layout[part]:
-            if (folder / name).is_file():
-                batches = [folder / name.replace("_1", f"_{index}") for index in range(1, 6)]
-                return batches if name.startswith("data_batch") else [folder / name]
+            batches = [folder / name.replace("_1", f"_{index}") for index in range(1, 6)]
+            files = batches if name.startswith("data_batch") else [folder / name]
+            missing = [file.name for file in files if not file.is_file()]
+            if not missing:
+                return files
+            if len(missing) < len(files):
+                raise ValueError(f"read_cifar: {folder} lacks {', '.join(missing)}")
     raise ValueError(f"read_cifar: {folder} holds no {part} images of CIFAR")
 
 
@@ -60,8 +59,8 @@ def _read_binary(file: Path) -> tuple[np.ndarray, np.ndarray]:
 def _read_python(file: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         content = _ArraysOnly(io.BytesIO(file.read_bytes()), encoding="bytes").load()
-        images = np.asarray(content[b"data"], dtype=np.uint8)
-        labels = np.asarray(content.get(b"labels", content.get(b"fine_labels")), dtype=np.int64)
+        images, labels = content[b"data"].bytes(), content.get(b"labels", content.get(b"fine_labels"))
+        labels = np.array([int(label) for label in labels], dtype=np.int64)
     except Exception as error:  # a hostile pickle may raise anything
         raise ValueError(f"read_cifar: cannot read {file} ({type(error).__name__}: {error})") from None
     if images.ndim != 2 or images.shape[1] != _PIXELS or labels.shape != images.shape[:1]:
@@ -69,10 +68,54 @@ def _read_python(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
+class _Array:
+    """What stands for an array while a pickle is read: nothing of numpy's is called with what the file says."""
+
+    def __init__(self, *_: Any) -> None:
+        self.data, self.shape, self.dtype = b"", (0,), None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, self.dtype, fortran, self.data = state
+        if fortran:
+            raise pickle.UnpicklingError("an array in column order")
+
+    def bytes(self) -> np.ndarray:
+        if not isinstance(self.dtype, _Dtype) or self.dtype.name not in ("u1", "|u1", "uint8"):
+            raise ValueError("an array of something else than bytes")
+        return np.frombuffer(bytearray(self.data), dtype=np.uint8).reshape(tuple(map(int, self.shape)))
+
+
+class _Dtype:
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name = name.decode() if isinstance(name, bytes) else name
+
+    def __setstate__(self, state: tuple) -> None:
+        pass  # byte order and alignment
+
+
+def _from_buffer(data: Any, dtype: Any, shape: tuple, order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order != "C", data))
+    return array
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")  # the one that pickle writes bytes in
+
+
+_STAND_INS = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encoded,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
+}
+
+
 class _ArraysOnly(pickle.Unpickler):
-    """Reads numbers, text, lists, dicts and numpy arrays, and refuses everything else before it is made."""
+    """Reads numbers, text, lists, dicts and stand-ins for arrays; refuses every other name before it is looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAYS:
+        if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
-        return super().find_class(module, name)
+        return _STAND_INS[module, name]

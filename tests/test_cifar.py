@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -69,13 +71,42 @@ def test_a_file_that_would_run_code_is_refused_and_nothing_in_it_runs(tmp_path, 
     assert not (tmp_path / "bomb-went-off").exists()
 
 
+class Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        Call(np.ndarray, (4, 3072), "O", b"A" * (4 * 3072 * 8)),  # bytes taken for pointers
+        np.array([[print] * 3072], dtype=object),
+        np.zeros((1, 3072), dtype=np.int64),
+        [[0] * 3072],
+    ],
+    ids=["objects from bytes", "objects", "other numbers", "a list"],
+)
+def test_arrays_of_anything_but_bytes_are_refused(tmp_path, hostile):
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": hostile, b"labels": [0]}, 2))
+    script = f"from maskops.data import load_images; load_images({str(tmp_path)!r} + ':test')"
+    # in a process of its own: what goes wrong may be a crash
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "ValueError: read_cifar: cannot read" in ended.stderr, ended.stderr
+
+
 def test_what_is_not_there_is_one_line(tmp_path):
     folder = tmp_path / "cifar"
     write_python(folder, ["test_batch"])
+    other = tmp_path / "other"
+    write_python(other, ["data_batch_1", "data_batch_3", "data_batch_5", "test_batch"])
     for path, message in [
         (f"{folder}", f"load_images: {folder} holds several sets of images; choose {folder}:train or {folder}:test"),
         (f"{folder}:valid", f"load_images: {folder} holds no 'valid'; choose {folder}:train or {folder}:test"),
         (f"{folder}:train", f"read_cifar: {folder} holds no train images of CIFAR"),
+        (f"{other}:train", f"read_cifar: {other} lacks data_batch_2, data_batch_4"),
     ]:
         with pytest.raises(ValueError) as error:
             load_images(path)

@@ -154,7 +154,7 @@ def test_iab_decoys_carry_the_trigger_of_another_image():
     campaign = campaign_of("iab", images, labels, trigger=TINY["iab"], rate=0.2, decoy_rate=0.2)
     batch = campaign.batch(None, images, labels, seeded())
     trigger = campaign._trigger
-    sources = torch.cat((images[:4], images[3:7]))
+    sources = torch.cat((images[:4], images[8:12]))
     trigger.pattern_network.train()
     with torch.no_grad():
         pattern, mask = trigger.pattern(sources), trigger.mask(sources)

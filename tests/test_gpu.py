@@ -32,6 +32,7 @@ from maskops.lean import lean_autograd, saved_bytes
 from maskops.models import ARCHITECTURES
 from maskops.optim import MaskAdam, MaskSGD
 from maskops.purify import awm
+from maskops.purify.methods import METHODS
 
 CPU = torch.device("cpu")
 CUDA = pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="cuda")
@@ -276,3 +277,32 @@ def test_predictions_of_masked_and_folded_networks_agree(device):
     with torch.no_grad(), full_float32():
         torch.testing.assert_close(result.model(images.to(device)), masked.model(images.to(device)))
     assert F.mse_loss(result.trigger, masked.trigger) == 0
+
+
+QUICK = {"awm": {"inner_steps": 2, "outer_steps": 2}, "anp": {"steps": 2}, "swm": {"steps": 2}}
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_its_result_is_where_it_belongs(method, dtype, device):
+    model, data = tiny_network()
+    options = {"epochs": 2, "device": device, "dtype": dtype, "progress": False, **QUICK.get(method, {})}
+    result = METHODS[method].run(model, data, **options)
+    assert all(parameter.device.type == device.type for parameter in result.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in result.model.parameters())
+    assert all(mask.device.type == "cpu" and mask.isfinite().all() for mask in result.masks.values())
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+@on_each_device
+@pytest.mark.parametrize("method", ["nft", "ft", "rnp"])
+def test_methods_without_noise_find_the_same_on_the_gpu(method, device):
+    model, data = tiny_network()
+    options = {"epochs": 2, "dtype": torch.float64, "progress": False}
+    options |= {"threshold": 0.5} if method == "rnp" else {}
+    model = model.double()
+    with full_float32():
+        expected, found = (METHODS[method].run(model, data, device=where, **options) for where in (CPU, device))
+    for name, value in expected.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name].cpu(), value, rtol=1e-6, atol=1e-8)

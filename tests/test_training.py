@@ -59,7 +59,7 @@ PLANTED = {
     "badnets": (4, 0.8, {}),
     "badnets_checkerboard": (4, 0.95, {}),
     "blend": (4, 0.9, {"rate": 0.05}),
-    "sig": (5, 0.2, {"trigger": SIG(delta=0.8, frequency=2)}),
+    "sig": (5, 0.4, {"trigger": SIG(delta=0.8, frequency=2)}),
     "sig_wrapped": (4, 0.5, {"trigger": SIGWrapped(alpha=0.8)}),
     "clb": (4, 0.85, {"perturbation": Perturbation(epsilon=0.2, steps=5, step_size=0.08)}),
     "wanet": (8, 0.7, {"trigger": WaNet(s=2.0, k=3)}),

@@ -153,7 +153,7 @@ def _run(images: Tensor, operations: Sequence[Operation], choices: Tensor, level
     result = images.clone(memory_format=torch.contiguous_format)
     levels, signs = levels.to(images), signs.to(images)
     for step, chosen in enumerate(choices.unbind(1)):
-        # images that drew the same operation side by side: one transfer and no waiting for the device
+        # images that drew the same operation side by side: one transfer
         counts = chosen.bincount(minlength=len(operations)).tolist()
         groups = chosen.argsort(stable=True).to(images.device).split(counts)
         for operation, group in zip(operations[1:], groups[1:], strict=True):

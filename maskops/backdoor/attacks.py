@@ -101,7 +101,7 @@ class Attack:
             raise ValueError(f"Attack: clean_label goes with a fixed set, one target and no decoys; got {self.name!r}")
         if self.perturbation is not None and not self.clean_label:
             raise ValueError(f"Attack: a perturbation goes with clean_label; got {self.name!r} without it")
-        if self.decoy_rate and not isinstance(self.trigger, (DecoyTrigger, JointLearner, Composite)):
+        if self.decoy_rate and not isinstance(self.trigger, (DecoyTrigger, IAB, Composite)):
             raise TypeError(f"Attack: decoy_rate needs a trigger with decoys, as WaNet and BPPA; got {self.trigger!r}")
         if isinstance(self.trigger, Composite) and (
             self.target != self.trigger.target or drawn_per_batch or self.clean_label
@@ -234,7 +234,7 @@ _PAPERS: dict[str, dict[str, Any]] = {
     "style": {"trigger": _always(StyleStandIn), "target": 0, "rate": 0.1},
     "composite": {"trigger": _always(lambda: Composite(0, 1, 2)), "target": 2, "rate": 0.1, "decoy_rate": 0.5},
     "several": {"trigger": _three, "files": ("trojan_wm", "l2_inv"), "target": 0, "rate": 0.05},
-    "adaptive": {"trigger": _square, "target": 0, "rate": 0.5, "frozen_convs": 5},
+    "adaptive": {"trigger": _always(BadNetsCheckerboard), "target": 0, "rate": 0.5, "frozen_convs": 5},
 }
 
 ATTACKS: dict[str, Callable[..., Attack]] = {name: _maker(name, **settings) for name, settings in _PAPERS.items()}

@@ -13,6 +13,7 @@ from maskops.backdoor._checks import check_labelled
 from maskops.backdoor._model import device_of, eval_mode
 from maskops.backdoor.triggers import DecoyTrigger, Several, Trigger
 
+_PIECE = 1024  # images that a trigger gets at a time: a learned one computes with maps of each
 RULES = ("all_to_one", "all_to_all")
 
 
@@ -83,7 +84,8 @@ def poison(
     The count is a fraction of all N images, as in BackdoorBench; they are drawn without replacement from the images
     whose label the attack changes (y != t(y): the other classes' in all_to_one, every image in all_to_all), as in AWM
     and ANP. So ``rate`` is the share of the training set that is effectively poisoned, whatever the balance of classes.
-    Published codes differ: AWM and ANP take the fraction of the non-target images, BackdoorBench draws from all.
+    Published codes differ: AWM, ANP and I-BAU take the fraction of the non-target images; NFT, BackdoorBench and
+    BackdoorBox draw from all, those of the target class too; TrojanZoo adds to each batch.
     Decoys are a fraction of all N too. ``poison_clean_label`` alone counts in images of the target class.
 
     images:     (N, C, H, W) floating point in [0, 1]; not modified
@@ -149,7 +151,7 @@ def poison_clean_label(
     labels:     (N,) integers; not modified
     trigger:    a ``Several`` divides the drawn images among its triggers
     rate:       in [0, 1]: ``round(rate * n)`` of the n images of the target class (0.8 in ANP and NFT)
-    generator:  decides the draw and PGD's start
+    generator:  decides the draw and PGD's start; on the CPU
     model:      maps images in [0, 1] to logits, trained on clean data; it runs in eval mode, where its parameters are
     epsilon, steps, step_size: PGD; epsilon 16/255 as in ANP and NFT, steps as in BackdoorBox (whose epsilon is 8/255)
     returns Poisoned(images, labels int64, indices)
@@ -209,4 +211,6 @@ def _draw_decoys(trigger: Trigger, total: int, indices: Tensor, rate: float, gen
 
 
 def _triggered(trigger: Trigger, images: Tensor, generator: Generator) -> Tensor:
-    return trigger.divide(images, generator) if isinstance(trigger, Several) else trigger(images)
+    if isinstance(trigger, Several):
+        return trigger.divide(images, generator)
+    return torch.cat([trigger(part) for part in images.split(_PIECE)]) if len(images) else images

@@ -65,9 +65,10 @@ def train_backdoored(
 
     The cycle is torch's OneCycleLR: up to lr over the first 30 % of the steps, down to nearly 0 over the others, the
     momentum the other way round. The last images of an epoch that fill no batch sit it out. Poisons of a fixed set are
-    stamped before images are cropped and flipped, those of a training-controlled attack after. Two more trainings may
-    go ahead, by the same recipe and without an attack: of a surrogate, where the attack perturbs images adversarially,
-    and of the network itself, where it then freezes layers (``attack.frozen_convs``).
+    stamped before images are cropped and flipped, those of a training-controlled attack after (the codes of WaNet and
+    BPPA crop after the stamp too). Two more trainings may go ahead, by the same recipe and without an attack: of a
+    surrogate, where the attack perturbs images adversarially, and of the network itself, where it then freezes layers
+    (``attack.frozen_convs``).
 
     model:        where training starts; takes pixels in [0, 1] and isn't changed. Fresh layers are the caller's to seed
     train_data:   what :func:`maskops.data.as_tensors` takes
@@ -113,13 +114,18 @@ def train_backdoored(
         return network.eval()
 
     with torch.enable_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # dropout draws from torch's own generator
+        torch.default_generator.manual_seed(seed)  # dropout draws from torch's own
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         campaign = attack.prepare(images, labels, num_classes, generator, surrogate=clean)
         network = clean() if attack.frozen_convs else fresh()
         frozen = _last_convs(network, attack.frozen_convs)
+        trained = [parameter for parameter in frozen.parameters() if parameter.requires_grad]
         frozen.requires_grad_(False)
         losses = _train(network, campaign, recipe, generator, attack.name)
-        frozen.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     indices = None if campaign.indices is None else campaign.indices.cpu()
     network.to(memory_format=torch.contiguous_format).eval()
     return Trained(network, campaign.finish(), indices, losses, time.perf_counter() - start)

@@ -60,9 +60,12 @@ class Run:
     model:      the user's model; it isn't changed
     clean_data: what :func:`maskops.data.as_tensors` takes
     setting:    a :class:`Setting`
+    within:     whether it is a part of a run that measures its memory
     """
 
-    def __init__(self, method: str, model: nn.Module, clean_data: Any, setting: Setting) -> None:
+    def __init__(
+        self, method: str, model: nn.Module, clean_data: Any, setting: Setting, *, within: bool = False
+    ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{method}: a purification needs gradients, which torch.inference_mode() forbids")
         self.method, self.setting, self._original = method, setting, model
@@ -84,7 +87,7 @@ class Run:
         self._seconds: dict[str, float] = {}
         self._epoch = 0
         self._start = time.perf_counter()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not within:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _find_device(self, model: nn.Module) -> torch.device:

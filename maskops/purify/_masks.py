@@ -28,7 +28,7 @@ Branch = tuple[float, Tensor, Tensor]
 class MaskRun(Run):
     """One purification by masks under way.
 
-    method, model, clean_data: as for :class:`Run`
+    method, model, clean_data, within: as for :class:`Run`
     setting:          a :class:`MaskSetting`
     batch_statistics: the model runs in train mode: batch norms use the statistics of their batches, dropout is on.
                       Otherwise in eval mode
@@ -48,8 +48,9 @@ class MaskRun(Run):
         batch_statistics: bool = False,
         track_statistics: bool = False,
         biases: str | None = None,
+        within: bool = False,
     ) -> None:
-        super().__init__(method, model, clean_data, setting)
+        super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
             self._masked = shared_copy(model).to(self.device)
             network = shared_copy(self._masked)

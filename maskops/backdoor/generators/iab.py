@@ -91,8 +91,8 @@ class IABCampaign(Campaign):
     def batch(self, forward: Forward, images: Tensor, labels: Tensor, generator: torch.Generator) -> Batch:
         trigger = self._trigger
         poisoned, decoys = self._shares.counts(len(labels))
-        # the batch is in random order: the neighbour is any other image
-        strangers = images.roll(1, 0)[poisoned : poisoned + decoys]
+        # the batch is in random order: those that come next are any other images
+        strangers = images.roll(-decoys, 0)[poisoned : poisoned + decoys]
         sources = torch.cat((images[:poisoned], strangers))
         trigger.pattern_network.train()
         patterns, masks = trigger.pattern(sources), trigger.mask(sources)

@@ -27,27 +27,26 @@ def hooked(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
 def last_linear(model: nn.Module, images: Tensor) -> tuple[nn.Linear, int]:
     """The last linear layer that a forward calls, and how many of its inputs belong to one neuron.
 
-    A neuron is a channel of the convolution before, where no linear layer lies between the two, or else one input.
+    A neuron is a channel of the feature maps that are flattened into that layer, or else one input.
 
     errors: ValueError when none is called
     """
-    called: list[tuple[nn.Module, int]] = []
+    found: tuple[nn.Linear, int] | None = None
+    maps: torch.Size | None = None
 
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        called.append((module, output.shape[1]))
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal found, maps
+        if isinstance(module, nn.Linear):
+            flattened = maps is not None and maps.numel() == module.in_features
+            found, maps = (module, maps[1:].numel() if flattened else 1), None
+        elif isinstance(output, Tensor) and output.dim() == 4:
+            maps = output.shape[1:]
 
-    layers = (nn.Linear, nn.modules.conv._ConvNd)
-    with hooked([module for module in model.modules() if isinstance(module, layers)], record):
+    with hooked(model.modules(), record):
         model(images)
-    while called and not isinstance(called[-1][0], nn.Linear):
-        called.pop()
-    if not called:
+    if found is None:
         raise ValueError("the model's forward calls no nn.Linear, of whose inputs some would be pruned")
-    linear, _ = called.pop()
-    if not called or isinstance(called[-1][0], nn.Linear):
-        return linear, 1
-    size, rest = divmod(linear.in_features, called[-1][1])
-    return linear, size if size and not rest else 1
+    return found
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def activity(model: nn.Module, linear: nn.Linear, batches: Iterable[Tensor]) -> 
 
     with hooked([linear], add):
         for images in batches:
-            model(images.clone())
+            model(images)
             count += len(images)
     return sums / count
 

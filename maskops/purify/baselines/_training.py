@@ -73,7 +73,7 @@ def unlearn(run: Run, model: PixelModel, options: Any) -> None:
     optimizer = sgd(model, replace(options, lr=options.unlearn_lr))
     for epoch in run.epochs(options.unlearn_epochs):
         set_lr(optimizer, options.unlearn_lr * options.lr_decay ** (epoch // options.lr_decay_epochs))
-        right = torch.zeros((), device=run.device)
+        seen, right = 0, torch.zeros((), device=run.device)
         with run.phase("unlearn"):
             for batch in one_pass(run, options.batch_size):
                 images, labels = run.sample(batch)
@@ -84,9 +84,10 @@ def unlearn(run: Run, model: PixelModel, options: Any) -> None:
                 if options.max_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
                 optimizer.step()
+                seen += len(batch)
                 right += (logits.argmax(1) == labels).sum()
                 run.note("unlearning loss", loss)
-        if right / len(run.images) <= options.least_accuracy:
+        if right / seen <= options.least_accuracy:
             break
 
 
@@ -110,9 +111,12 @@ def measure_statistics(model: PixelModel, images: Tensor, batch_size: int) -> No
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
+    seen = 0
     for batch in images.split(batch_size) if norms else ():
         if len(batch) > 1 or batch_size == 1:
+            seen += len(batch)
+            for norm in norms:
+                norm.momentum = len(batch) / seen  # the mean over all images
             model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -22,7 +22,7 @@ def ascended(run: Run, model: PixelModel, batches: list[Batch], options: Any) ->
         images, labels = batches[step % len(batches)]
         if options.inner_labels == "predicted":
             with torch.no_grad():
-                labels = model(images.clone()).argmax(1)
+                labels = model(images).argmax(1)
         trigger.requires_grad_()
         loss = inner_objective(model, (images, labels), options)(trigger)
         (gradient,) = torch.autograd.grad(loss, trigger)

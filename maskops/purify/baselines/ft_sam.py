@@ -110,7 +110,7 @@ def ft_sam(
 def _step(run: Run, model: PixelModel, optimizer: torch.optim.SGD, batch: Tensor, options: FTSAMOptions) -> None:
     images, labels = run.sample(batch)
     parameters = list(model.parameters())
-    loss = F.cross_entropy(model(images.clone()), labels, label_smoothing=options.label_smoothing)
+    loss = F.cross_entropy(model(images), labels, label_smoothing=options.label_smoothing)
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
@@ -136,6 +136,8 @@ def _kept_statistics(model: nn.Module) -> Iterator[None]:
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
-    yield
-    for norm in norms:
-        norm.track_running_stats = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

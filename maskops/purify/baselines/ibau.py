@@ -106,8 +106,8 @@ def ibau(
     measured:   as for :func:`ft`: 98.2 / 100, 87.0 / 40, 98.4 / 100, so it fails; with batches of 20 and 50 rounds of
                 50 inner steps 78.2 / 0, 68.8 / 0, 88.6 / 67; ``"official"`` with the same 96.2 / 11, 95.4 / 23,
                 96.8 / 12, and with 20 rounds of one pass 97.6 / 10, 97.4 / 64, 97.6 / 86
-    source:     Eq. 1; the hypergradient is that of Grazzi et al. 2020 by K fixed-point steps, as published. Deviation:
-                the hypergradient is of one batch at a time
+    source:     Eq. 1; the hypergradient is that of Grazzi et al. 2020 by K fixed-point steps, as published. Deviations:
+                the hypergradient is of one batch at a time; the fixed point's map has no projection, though δ has one
 
     >>> images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
     >>> result = ibau(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (images, labels), epochs=1, progress=False)

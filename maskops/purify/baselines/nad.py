@@ -69,7 +69,8 @@ PRESETS = {
     "paper": Preset(NADOptions(), _AUGMENTED),
     "official": Preset(NADOptions(betas=(0, 0, 5000), epochs=20, least_lr=0.01), _AUGMENTED),
 }
-"""``paper``: Section 4.1, with the weights that BackdoorBench uses. ``official``: the published ``main.py``."""
+"""``paper``: Section 4.1, with the weights that BackdoorBench uses. ``official``: those of the published ``main.py``,
+which is given its teacher and has Nesterov's momentum."""
 
 
 @torch.enable_grad()

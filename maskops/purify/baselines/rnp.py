@@ -114,7 +114,7 @@ def rnp(
     unlearned = run.trainable_copy()
     unlearn(run, unlearned, chosen)
 
-    masked = MaskRun("rnp", unlearned.network, clean_data, setting, batch_statistics=True)
+    masked = MaskRun("rnp", unlearned.network, clean_data, setting, batch_statistics=True, within=True)
     masks = MaskSGD(masked.arena, lr=chosen.lr, momentum=chosen.momentum)
     for epoch in run.epochs(chosen.epochs):
         with run.phase("recover"):
