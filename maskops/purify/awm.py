@@ -141,6 +141,8 @@ def awm(
     returns:    a :class:`maskops.purify.Purification`; ``.model`` is the purified model
     errors:     ValueError and TypeError, one line, for options or data out of range; NonFiniteError when a loss is no
                 number. In each case the model is as it was
+    measured:   on the demo's digits with 100 clean images (seeds 0 to 2; ACC 98 to 99 %, asr_all 100 % before):
+                97.2 / 9, 97.4 / 13, 96.8 / 15
     source:     Eq. 4.4 and Algorithm 1, whose lines are marked in the code. Deviations: lines 7 and 12 print the signs
                 of the steps the wrong way round; the outer step is Adam, as in Appendix A
 

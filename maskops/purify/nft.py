@@ -121,6 +121,9 @@ def nft(
     returns:    a :class:`maskops.purify.Purification`; the masks are soft. With statistics of batches, the model's
                 running statistics are new too, so that the masks alone don't make it from the original
     errors:     as in :func:`maskops.purify.awm`
+    measured:   on the demo's digits with 100 clean images (seeds 0 to 2, ``flip=False``; ACC 98 to 99 %, asr_all 100 %
+                before): 98.8 / 98, 97.6 / 99, 98.0 / 100, so it fails, also with four times the steps, in eval mode and
+                with masks on convolutions: clean images, mixed or not, hardly move what the trigger alone uses
     source:     the supplementary, Section 2.2 (the loss is that of Zhang et al. 2018 on masks), and the published code
                 where that is silent
 

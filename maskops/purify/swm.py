@@ -71,6 +71,9 @@ def swm(
     options:    single fields of :class:`SWMOptions` and :class:`maskops.purify.MaskSetting`
     returns:    a :class:`maskops.purify.Purification`; the masks are soft
     errors:     as in :func:`maskops.purify.awm`
+    measured:   on the demo's digits with 100 clean images (seeds 0 to 2; ACC 98 to 99 %, asr_all 100 % before):
+                99.0 / 81, 98.0 / 86, 97.4 / 95, so it fails; with ``epsilon=0.1, alpha=0.5, lr=0.05, batch_size=32``
+                97.2 / 20 and 97.2 / 37 (seeds 0 and 1)
     source:     Eq. 4.1. The paper doesn't say how it is solved: here as ANP's Algorithm 1, lines 5 to 9, for the noise,
                 and as AWM's outer step for the masks. With a trigger in place of the noise it is Eq. 4.3:
                 ``awm(preset="swm_atr")``

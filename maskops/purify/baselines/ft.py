@@ -72,6 +72,7 @@ def ft(
     measured:   ACC / asr_all in % on the demo's digits, whose backdoors have 100 % (seeds 0 to 2, 100 clean images, no
                 flips): 99.0 / 26, 96.6 / 51, 98.6 / 37; with ``batch_size=32``, which takes as many steps as the paper,
                 97.8 / 9, 94.8 / 11, 98.0 / 9
+    source:     the comparisons of the NFT and ANP papers and BackdoorBench: see :data:`PRESETS`
 
     >>> images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
     >>> result = ft(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (images, labels), epochs=3, progress=False)
