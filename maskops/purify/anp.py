@@ -111,6 +111,9 @@ def anp(
     returns:    a :class:`maskops.purify.Purification`; ``.masks`` are zeros and ones, ``.scores`` the masks as learned,
                 from which :func:`maskops.purify.prune` makes models for other thresholds
     errors:     as in :func:`maskops.purify.awm`
+    measured:   on the demo's digits with 100 clean images (seeds 0 to 2, ``flip=False``; ACC 98 to 99 %, asr_all 100 %
+                before): 98.8 / 65, 98.4 / 100, 98.8 / 99, so it fails: the network has 96 channels, and of the masks
+                that were learned only seed 0's have thresholds (0.7: 95.0 / 16) that cut the backdoor before the digits
     source:     Eq. 8 and Algorithm 1, whose lines are marked in the code. Deviations: the mask step has momentum, as in
                 Section 4.1; several noise steps have size ε / steps, as in the published code
 
