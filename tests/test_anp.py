@@ -15,6 +15,7 @@ from maskops.backdoor import evaluate
 from maskops.data import split
 from maskops.purify import anp, prune, swm
 from maskops.purify._loop import _NOISE
+from maskops.purify._pruning import apply_masks
 
 PLAIN = {"crop": 0, "flip": False, "progress": False}
 
@@ -228,6 +229,21 @@ def test_the_users_model_and_its_statistics_are_left_alone(clean_data):
     assert len(measured) == 2 and not torch.equal(*measured)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     assert theirs.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in result.model.state_dict().values())
+
+
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_the_model_given_to_on_epoch_has_the_masks_and_no_noise(clean_data, statistics):
+    for network in (tiny_network(), without_norms()):
+        outputs, images = [], clean_data[0].double()
+        result = anp(
+            *(network, clean_data),
+            epochs=2,
+            steps=2,
+            statistics=statistics,
+            on_epoch=lambda _, model: outputs.append(model(images).detach()),  # noqa: B023 - called at once
+            **PLAIN,
+        )
+        torch.testing.assert_close(outputs[-1], apply_masks(network, result.scores).eval()(images).detach())
 
 
 def test_anp_is_reproducible_and_layers_draw_by_its_seed(clean_data):

@@ -18,7 +18,7 @@ from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.lean import lean_autograd
 from maskops.nn import MASKED, NORMS
 from maskops.purify._depth import depths
-from maskops.purify._loop import NonFiniteError, Purification, Run
+from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
 from maskops.purify._setting import MaskSetting
 from maskops.purify._working import WorkingModel, shared_copy
 
@@ -110,8 +110,7 @@ class MaskRun(Run):
     def logits(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The working model's logits of images in pixel space, plus a trigger."""
         if not self._perturbing:
-            for arena in self._noisy():
-                arena.refresh_if_perturbed()
+            self._drop_noise()
         # layers whose masks are learned save their inputs, which are outputs of ReLUs: bits would come on top
         with lean_autograd(relu_bits=not self._learning):
             return self.model(images, trigger)
@@ -162,6 +161,14 @@ class MaskRun(Run):
         finally:
             self._learn_shifts(False)
             self._perturbing = False
+
+    def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
+        self._drop_noise()
+        super().report(on_epoch, epoch, model)
+
+    def _drop_noise(self) -> None:
+        for arena in self._noisy():
+            arena.refresh_if_perturbed()
 
     def _noisy(self) -> list[MaskArena]:
         return [self.arena] if self._shifts is None else [self.arena, self._shifts]
