@@ -18,6 +18,10 @@ from maskops.backdoor import Metrics
 
 KEY = ("net", "attack", "n", "method", "seed", "preset", "changes", "victim")
 _OTHER_MODELS = "The paper's ASR is this package's `{}`; its models are other ones than these. "
+_COST = (
+    "Seconds and memory (on a CPU the most that the process ever had) are those of runs as they happened, other work"
+    " beside them: no benchmark."
+)
 COLUMNS = (
     *(*KEY, "part"),
     *("acc_before", "asr_all_before", "acc", "asr_all", "asr_excl", "ra"),
@@ -92,7 +96,7 @@ def markdown(folder: Path, table: str) -> str:
         cost = [f"{statistics.fmean(float(run[name]) for run in runs):.0f}" for name in ("seconds", "peak_mib")]
         lines.append("| " + " | ".join([net, part, before, n, named, shown, *numbers, *cost]) + " |")
     if rows:
-        lines += ["", f"{_where(rows)}; mean ± standard deviation where several seeds ran."]
+        lines += ["", f"{_where(rows)}; mean ± standard deviation where several seeds ran. {_COST}"]
     text = "\n".join(lines) + "\n"
     (folder / f"{table}.md").write_text(text, encoding="utf-8")
     return text
