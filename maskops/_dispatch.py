@@ -58,27 +58,34 @@ def why_not(backend: str, op: str, *tensors: Tensor) -> str | None:
     return function if isinstance(function, str) else _load(backend).why_not(op, *tensors)
 
 
+def _why_not_first(backend: str, op: str, *tensors: Tensor) -> str | None:
+    """Why ``backend``, which can compute ``op`` on these tensors, leaves it to the next one unless it is asked for."""
+    unless_asked = getattr(_load(backend), "unless_asked", None)
+    return None if unless_asked is None else unless_asked(op, *tensors)
+
+
 def choose(op: str, arguments: tuple[Any, ...], backend: str | None) -> Callable[..., Any]:
     """The function that computes ``op`` on these arguments: of the forced backend, else of the first that can serve.
 
     A backend is forced by ``backend`` or by the environment variable ``MASKOPS_BACKEND``; if a forced backend can't
     serve the call, the reason is raised and nothing else is tried.
     """
-    forced = backend or os.environ.get("MASKOPS_BACKEND")
+    forced = backend or os.environ.get("MASKOPS_BACKEND") or None
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     for candidate in (forced,) if forced else BACKENDS:
         reason = why_not(candidate, op, *tensors)
-        if reason is None:
+        if reason is None and not (forced is None and _why_not_first(candidate, op, *tensors)):
             return _find(candidate, op)
     # the reference serves everything, so only a forced choice comes here
     raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {reason}")
 
 
-def explain(op: str | None = None, *tensors: Tensor) -> str:
-    """A table of the backends: which one serves ``op`` on these tensors, and why the others don't.
+def explain(op: str | None = None, *arguments: Any) -> str:
+    """A table of the backends: which one serves ``op`` on these tensors and how, and why the others don't.
 
-    op:     name of an op; None for a table of all ops
-    errors: ValueError for an op that doesn't exist
+    op:        name of an op; None for a table of all ops
+    arguments: tensors; with all arguments of the op also which way of several a backend would take, and why
+    errors:    ValueError for an op that doesn't exist
 
     >>> import maskops, torch
     >>> print(maskops.explain("masked_linear", torch.zeros(2, 3)))  # doctest: +ELLIPSIS
@@ -88,16 +95,21 @@ def explain(op: str | None = None, *tensors: Tensor) -> str:
       reference  serves
     """
     if op is None:
-        return "\n".join(explain(name, *tensors) for name in OPS)
+        return "\n".join(explain(name, *arguments) for name in OPS)
     if op not in OPS:
         raise ValueError(f"explain: expected one of {', '.join(OPS)}; got {op!r}")
     rows = [op]
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     forced = os.environ.get("MASKOPS_BACKEND")
     served = False
     for backend in (forced,) if forced else BACKENDS:
         reason = why_not(backend, op, *tensors)
         if reason is None:
-            reason = "could serve" if served else "serves"
-            served = True
+            later = None if forced else _why_not_first(backend, op, *tensors)
+            reason = f"serves when asked for: {later}" if later else "could serve" if served else "serves"
+            describe = getattr(_load(backend), "describe", None)
+            way = None if describe is None else describe(op, *arguments)
+            reason += f"; {way}" if way else ""
+            served = served or later is None
         rows.append(f"  {backend:<9}  {reason}" + (" (forced by MASKOPS_BACKEND)" if forced else ""))
     return "\n".join(rows)

@@ -29,6 +29,8 @@ _SCHEMAS = (
     f"masked_conv(Tensor input, {_LAYER}, Tensor? bias, {_GEOMETRY}) -> Tensor",
     f"masked_conv_backward(Tensor grad, Tensor? input, {_LAYER}, SymInt[] input_size, {_GEOMETRY}, bool[5] needs) "
     "-> Tensor[]",
+    f"masked_conv_relu(Tensor input, {_LAYER}, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)",
     f"masked_linear(Tensor input, {_LAYER}, Tensor? bias) -> Tensor",
     f"masked_linear_backward(Tensor grad, Tensor? input, {_LAYER}, SymInt[] input_size, bool[5] needs) -> Tensor[]",
     f"dual_masked_conv(Tensor input, Tensor? perturbed_input, {_LAYER}, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor)",
@@ -39,9 +41,12 @@ _SCHEMAS = (
     "project_onto_l1_ball(Tensor input, float radius) -> Tensor",
     "mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
     "Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float l1, float toward, "
-    "Tensor lower, float upper) -> ()",
+    "Tensor lower, float upper, Tensor(f!)? totals=None) -> ()",
     "mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!)? momentum_buffer, "
-    "Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper) -> ()",
+    "Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper, Tensor(d!)? totals=None) -> ()",
+    f"arena_effective_weight_(Tensor(a!) effective, {_LAYER}, Tensor table, int[] layers) -> ()",
+    "arena_mask_grad(Tensor grad, Tensor weight, Tensor mask, Tensor table, int[] layers) -> Tensor",
+    "noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()",
     "relu_bits(Tensor input, float upper) -> (Tensor, Tensor)",
     "relu_bits_(Tensor(a!) input, float upper) -> Tensor",
     "relu_bits_backward(Tensor grad, Tensor bits) -> Tensor",
@@ -49,6 +54,11 @@ _SCHEMAS = (
     "bool ceil_mode) -> (Tensor, Tensor)",
     "max_pool_winners_backward(Tensor grad, Tensor winners, SymInt[] input_size, SymInt[2] kernel_size, "
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> Tensor",
+    "prepare_images(Tensor images, Tensor? index, Tensor? trigger, float? low, float? high, Tensor? mean, Tensor? std, "
+    "ScalarType dtype) -> Tensor",
+    "prepare_images_backward(Tensor grad, Tensor? images, Tensor? index, Tensor trigger, float? low, float? high, "
+    "Tensor? std) -> Tensor",
+    "trigger_step_(Tensor(a!) trigger, Tensor grad, float step_size, float? radius, float? low, float? high) -> ()",
 )
 
 

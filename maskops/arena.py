@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -51,6 +53,8 @@ class MaskArena:
         self.weight, self.weights = _pack(weights)
         mask, self.masks = _pack(masks)
         self.mask = Parameter(mask)
+        self._layers, width = self._describe_layers()
+        self._table = torch.tensor(self._layers, dtype=torch.int64, device=self.weight.device).view(-1, width)
         self.effective, effective_views = _pack(weights, dtype)
         self.grad = torch.zeros_like(self.effective)
         grads = _views(self.grad, weights)
@@ -60,6 +64,20 @@ class MaskArena:
         self.noise: Tensor | None = None
         self._perturbed = False
         self.refresh()
+
+    def _describe_layers(self) -> tuple[list[int], int]:
+        """The table of layers that ``arena_effective_weight_`` and ``arena_mask_grad`` take, and its width."""
+        if self._elementwise:  # one layer, so that a kernel need not look for it
+            return [0, self.weight.numel(), 0, self.mask.numel(), self.weight.numel(), 1], 6
+        rows = []
+        for name, weight in self.weights.items():
+            mask = self.masks[name]
+            where = weight.storage_offset(), weight.numel(), mask.storage_offset(), mask.numel()
+            if weight.numel():
+                rows.append((where, _collapse(weight, mask.expand(weight.shape))))
+        dims = max((len(space) for _, space in rows), default=1)
+        padded = ([*where, *itertools.chain(*space), *(1, 0) * (dims - len(space))] for where, space in rows)
+        return list(itertools.chain(*padded)), 4 + 2 * dims
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -79,13 +97,7 @@ class MaskArena:
         self._perturbed = True
 
     def _write_effective(self, noise: Tensor | None) -> None:
-        if self._elementwise:
-            self.effective.copy_(_ops.effective_weight(self.weight, self.mask, noise, self.effective.dtype))
-            return
-        noises = dict.fromkeys(self.masks) if noise is None else _views(noise, self.masks)
-        for name, effective in self.effective_weights.items():
-            arguments = self.weights[name], self.masks[name], noises[name], effective.dtype
-            effective.copy_(_ops.effective_weight(*arguments))
+        _ops.arena_effective_weight_(self.effective, self.weight, self.mask, noise, self._table, self._layers)
 
     @torch.no_grad()
     def draw_noise(self, bound: float, generator: torch.Generator) -> None:
@@ -97,9 +109,11 @@ class MaskArena:
     @torch.no_grad()
     def ascend_noise(self, step_size: float, bound: float | None) -> None:
         """``noise + step_size * sign(gradient)``, into [-bound, bound] unless that is None; gradients are then zero."""
-        self.noise.add_(self.mask_grad().sign_(), alpha=step_size)
-        if bound is not None:
-            self.noise.clamp_(-bound, bound)
+        bound = math.inf if bound is None else bound
+        if self._elementwise:
+            _ops.noise_step_(self.noise, self.grad, self.weight, step_size, bound)
+        else:
+            _ops.noise_step_(self.noise, self.mask_grad(), None, step_size, bound)
         self.grad.zero_()
 
     def per_mask(self, values: Mapping[str, float]) -> Tensor:
@@ -117,15 +131,7 @@ class MaskArena:
 
     def mask_grad(self) -> Tensor:
         """The gradient of the flat masks, and of the noise: ``grad * weight``, reduced to the masks' shapes."""
-        if self._elementwise:
-            return self.grad.to(self.mask.dtype) * self.weight
-        flat = torch.zeros_like(self.mask, requires_grad=False)
-        for name, view in _views(flat, self.masks).items():
-            needs = [False, True, False]
-            effective_grad = self.effective_weights[name].grad
-            arguments = (effective_grad, self.weights[name], self.masks[name], None, needs)
-            view.copy_(_ops.effective_weight_backward(*arguments)[0])
-        return flat
+        return _ops.arena_mask_grad(self.grad, self.weight, self.mask, self._table, self._layers)
 
     def finish_step(self) -> None:
         """After a mask step: effective weights that the step didn't write, and gradients of zero."""
@@ -171,3 +177,21 @@ def _view(segment: Tensor, shape: torch.Size) -> Tensor:
     if len(shape) in (4, 5):
         return segment.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return segment.view(shape)
+
+
+def _collapse(weight: Tensor, mask: Tensor) -> list[tuple[int, int]]:
+    """Sizes of a dense weight and strides of its mask, innermost first, in as few dimensions as the mask allows.
+
+    >>> _collapse(torch.ones(4, 3, 2), torch.ones(4, 1, 1).expand(4, 3, 2))
+    [(6, 0), (4, 1)]
+    """
+    space: list[tuple[int, int]] = []
+    for dim in sorted(range(weight.dim()), key=lambda dim: (weight.stride(dim), weight.shape[dim])):
+        size, stride = weight.shape[dim], mask.stride(dim)
+        if size == 1:
+            continue
+        if space and stride == math.prod(space[-1]):
+            space[-1] = space[-1][0] * size, space[-1][1]
+        else:
+            space.append((size, stride))
+    return space or [(1, 0)]

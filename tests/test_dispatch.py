@@ -137,6 +137,8 @@ def test_a_forced_backend_reaches_every_op_of_forward_and_backward(name):
         "effective_weight": {"weight": rand(2), "mask": rand(2)},
         "masked_batch_norm": {**dict.fromkeys(("weight", "mask"), rand(2)), "input": rand(3, 2), "training": True},
         "masked_layer_norm": {**dict.fromkeys(("weight", "mask", "input"), rand(2)), "normalized_shape": [2]},
+        "prepare_images": {"images": rand(2, 3, 4, 4), "trigger": rand(1, 3, 4, 4)},
+        "trigger_step_": {"trigger": rand(1, 3, 4, 4), "grad": rand(2, 3, 4, 4), "step_size": 0.1},
     }.get(name, {"input": rand(4), "radius": 1.0} if "l1" in name else layer)
     if name == "masked_batch_norm":
         arguments |= {"running_mean": None, "running_var": None}

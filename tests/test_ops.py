@@ -28,7 +28,11 @@ def op_arguments():
     conv, transposed, linear = (6, 2, 3, 3), (4, 3, 3, 3), (3, 4)
     one, rows, lr = torch.ones((), device=DEVICE), rand(5, 4), torch.tensor(0.1, device=DEVICE)
     adam = (0.9, 0.999, 1e-8, 0.01, 1.0, torch.zeros((), device=DEVICE), 1.0)
+    table = torch.tensor([[0, 12, 0, 4, 3, 0, 4, 1], [16, 30, 16, 5, 5, 1, 6, 0]], device=DEVICE)
+    layers = table, table.flatten().tolist()
     images, pool = rand(1, 2, 6, 6), ([2, 2], [2, 2], [0, 0], [1, 1])
+    stored = (255 * torch.rand(4, 2, 3, 5, device=DEVICE)).byte().to(memory_format=torch.channels_last)
+    index, trigger = torch.tensor([3, 0, 3], device=DEVICE), rand(1, 2, 3, 5)
     return {
         "effective_weight": [(*layer(linear), torch.float32), (*layer(linear, noise=False), torch.bfloat16)],
         "effective_weight_backward": [
@@ -40,6 +44,10 @@ def op_arguments():
             (grad, x, *layer(conv), x.shape, *GEOMETRY, [True] * 5),
             (grad, None, *layer(conv), x.shape, *GEOMETRY, [True, False, False, False, True]),
             (grad, x, *layer(conv, noise=False), x.shape, *GEOMETRY, [False, False, True, False, False]),
+        ],
+        "masked_conv_relu": [
+            (x, *layer(conv, bias=6), rand(6), rand(6), rand(2, 6, 3, 3), [2, 1], [1, 0], [1, 1], 2),
+            (x, *layer((8, 4, 1, 1), noise=False), *(None,) * 4, [1, 1], [0, 0], [1, 1], 1),
         ],
         "masked_linear": [(rows, *layer(linear, bias=3)), (rows, *layer(linear, noise=False), None)],
         "masked_linear_backward": [
@@ -71,18 +79,40 @@ def op_arguments():
         "project_onto_l1_ball": [(rows, 1.0), (rows, 0.0)],
         "mask_adam_step_": [
             (rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4).abs(), one, lr, *adam),
-            (rand(3, 4), rand(3, 4), None, None, rand(3, 4), rand(3, 4).abs(), one, lr, *adam),
+            (rand(3, 4), rand(3, 4), None, None, rand(3, 4), rand(3, 4).abs(), one, lr, *adam, rand(3)),
         ],
         "mask_sgd_step_": [
             (rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), lr, 0.9, 0.01, 1.0, 0 * one, 1.0),
-            (rand(3, 4), rand(3, 4), None, None, None, lr, 0.0, 0.0, 0.0, 0 * one, 1.0),
+            (rand(3, 4), rand(3, 4), None, None, None, lr, 0.0, 0.0, 0.0, 0 * one, 1.0, None),
+            (rand(3, 4), rand(3, 4), None, None, None, lr, 0.0, 0.0, 0.0, 0 * one, 1.0, rand(3)),
         ],
+        "arena_effective_weight_": [
+            (rand(48), rand(48), rand(32), rand(32), *layers),
+            (rand(48).half(), rand(48), rand(32), None, *layers),
+        ],
+        "arena_mask_grad": [(rand(48), rand(48), rand(32), *layers)],
+        "noise_step_": [(rand(3, 4), rand(3, 4), rand(3, 4), 0.4, 0.3), (rand(3, 4), rand(3, 4), None, 0.4, math.inf)],
         "relu_bits": [(images, math.inf), (images, 6.0)],
         "relu_bits_": [(images.clone(), math.inf)],
         "relu_bits_backward": [(rows, torch.ones(3, dtype=torch.uint8, device=DEVICE))],
         "max_pool_winners": [(images, *pool, False), (images, *pool, True)],
         "max_pool_winners_backward": [
             (rand(1, 2, 3, 3), torch.zeros(1, 2, 3, 3, dtype=torch.uint8, device=DEVICE), images.shape, *pool)
+        ],
+        "prepare_images": [
+            (stored, index, trigger, 0.0, 1.0, rand(2), rand(2), torch.float32),
+            (stored, None, None, None, None, None, None, torch.float16),
+            (images, None, None, None, None, None, None, torch.float32),
+            (images, index // 4, images[0], None, 1.0, None, rand(2), torch.float32),
+        ],
+        "prepare_images_backward": [
+            (rand(3, 2, 3, 5), stored, index, trigger, 0.0, 1.0, rand(2)),
+            (rand(4, 2, 3, 5).to(memory_format=torch.channels_last), stored, None, trigger[0], None, 1.0, None),
+            (rand(4, 2, 3, 5), None, None, trigger.half(), None, None, None),
+        ],
+        "trigger_step_": [
+            (rand(1, 2, 3, 5), rand(3, 2, 3, 5), 0.1, 2.0, -1.0, 1.0),
+            (rand(2, 3, 5), rand(1, 2, 3, 5), 0.1, None, None, None),
         ],
     }
 

@@ -24,6 +24,7 @@ from maskops.functional import (
     masked_conv_transpose2d,
     masked_layer_norm,
     masked_linear,
+    prepare_images,
     project_onto_l1_ball,
     rescale_to_l1_ball,
 )
@@ -52,6 +53,12 @@ def norm(input, channels=3):
     return {"input": input} | dict.fromkeys(("weight", "mask", "noise", "bias", "noise_bias"), (channels,))
 
 
+def perturbed_images(trigger):
+    images = torch.linspace(0, 1, 36, dtype=trigger.dtype, device=trigger.device).view(2, 2, 3, 3)
+    std = torch.tensor([0.5, 2.0], dtype=trigger.dtype, device=trigger.device)
+    return prepare_images(images, None, trigger, low=0.1, high=0.9, std=std)
+
+
 # function, shapes of its tensors
 CASES = {
     "effective_weight": (effective_weight, {"weight": (3, 2, 2), "mask": (3, 2, 2), "noise": (3, 1, 1)}),
@@ -71,6 +78,7 @@ CASES = {
     "masked_batch_norm train": (partial(batch_norm, True), norm((5, 3, 2))),
     "masked_batch_norm eval": (partial(batch_norm, False), norm((4, 3))),
     "masked_layer_norm": (layer_norm, norm((4, 3))),
+    "prepare_images": (perturbed_images, {"trigger": (1, 2, 3, 3)}),
     "rescale_to_l1_ball": (partial(rescale_to_l1_ball, radius=3.0, batch_dims=1), {"input": (4, 5)}),
     "rescale_to_l1_ball inside": (partial(rescale_to_l1_ball, radius=99.0), {"input": (4, 5)}),
     "project_onto_l1_ball": (partial(project_onto_l1_ball, radius=3.0, batch_dims=1), {"input": (4, 5)}),
@@ -101,7 +109,7 @@ def close(value, expected, relative=1e-5):
 
 
 def test_every_function_has_a_case():
-    covered = {case.split()[0] for case in CASES} | {"clip_mask_"}
+    covered = {case.split()[0] for case in CASES} | {"clip_mask_", "trigger_step_"}
     assert covered == set(functional.__all__)
 
 

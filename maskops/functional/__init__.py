@@ -4,12 +4,15 @@ from maskops.functional.conv import (
     dual_masked_conv2d,
     masked_conv1d,
     masked_conv2d,
+    masked_conv2d_relu,
     masked_conv3d,
     masked_conv_transpose2d,
 )
+from maskops.functional.images import prepare_images
 from maskops.functional.l1_ball import project_onto_l1_ball, rescale_to_l1_ball
 from maskops.functional.linear import dual_masked_linear, masked_linear
 from maskops.functional.norm import masked_batch_norm, masked_layer_norm
+from maskops.functional.trigger import trigger_step_
 from maskops.functional.weight import clip_mask_, effective_weight
 
 __all__ = [
@@ -20,10 +23,13 @@ __all__ = [
     "masked_batch_norm",
     "masked_conv1d",
     "masked_conv2d",
+    "masked_conv2d_relu",
     "masked_conv3d",
     "masked_conv_transpose2d",
     "masked_layer_norm",
     "masked_linear",
+    "prepare_images",
     "project_onto_l1_ball",
     "rescale_to_l1_ball",
+    "trigger_step_",
 ]

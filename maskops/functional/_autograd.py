@@ -49,9 +49,7 @@ def run(function: type[Function], *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-def run_layer(
-    function: type[Function], inputs: Branches, weight, mask, noise, bias, kind: str, geometry: tuple, backend
-) -> Any:
+def run_layer(function: type[Function], inputs: Branches, weight, mask, noise, bias, *options: Any) -> Any:
     """A masked layer, computed in the dtype of the inputs; under autocast in autocast's."""
     dtype, device = inputs[0].dtype, inputs[0].device.type
     # autocast knows no meta tensors, and leaves float64 alone
@@ -59,10 +57,10 @@ def run_layer(
         dtype = torch.get_autocast_dtype(device)
         inputs = each(lambda input: input.to(dtype), inputs)
         with torch.autocast(device, enabled=False):
-            return run_layer(function, inputs, weight, mask, noise, bias, kind, geometry, backend)
+            return run_layer(function, inputs, weight, mask, noise, bias, *options)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    return run(function, *inputs, weight, mask, noise, bias, kind, geometry, backend)
+    return run(function, *inputs, weight, mask, noise, bias, *options)
 
 
 def each(change: Callable[[Tensor], Tensor], inputs: Branches) -> Branches:
@@ -113,6 +111,53 @@ class MaskedLayer(Function):
             backend=ctx.backend,
         )
         return *_deal(grads, needs), None, None, None
+
+
+class MaskedConvReLU(Function):
+    """``relu(scale * conv(input, weight * (mask + noise), bias) + shift + residual)``, of which backward keeps bits."""
+
+    @staticmethod
+    def formula(input, weight, mask, noise, bias, scale, shift, residual, geometry):
+        output = reference.masked_conv(input, weight, mask, noise, bias, *geometry[:3], False, [0, 0], geometry[3])
+        output = output if scale is None else output * scale.view(-1, 1, 1)
+        output = output if shift is None else output + shift.view(-1, 1, 1)
+        output = output if residual is None else output + residual
+        return output.to(input.dtype).relu()
+
+    @staticmethod
+    def forward(ctx, input, weight, mask, noise, bias, scale, shift, residual, geometry, backend):
+        layer = (input, weight, mask, noise, bias, scale, shift, residual)
+        output, bits = _ops.masked_conv_relu(*layer, *geometry, backend=backend)
+        ctx.geometry, ctx.backend, ctx.input_size, ctx.strides = geometry, backend, input.shape, output.stride()
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        need_factors = any(ctx.needs_input_grad[1:4])
+        ctx.save_for_backward(input if need_factors else None, weight, mask, noise, scale, bits)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, mask, noise, scale, bits = ctx.saved_tensors
+        grad = through_relu(grad, bits, ctx.strides, ctx.backend)
+        grads = [None] * 5
+        needs = list(ctx.needs_input_grad[:5])
+        if any(needs):
+            stride, padding, dilation, groups = ctx.geometry
+            before = grad if scale is None else (grad * scale.view(-1, 1, 1)).to(grad.dtype)
+            geometry = (stride, padding, dilation, False, [0, 0], groups)
+            layer = (before, input, weight, mask, noise, ctx.input_size, *geometry, needs)
+            grads = _deal(_compute("masked_conv_backward", *layer, backend=ctx.backend), needs)
+        grad_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
+        return *grads, None, None, grad_residual, None, None
+
+
+def through_relu(grad: Tensor, bits: Tensor, strides: tuple[int, ...], backend: str | None) -> Tensor:
+    """The gradient where the bit is 1, else 0; differentiable where a graph of the backward is being made."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        ones = grad.new_empty_strided(grad.shape, strides).fill_(1)
+        return grad * reference.relu_bits_backward(ones.detach(), bits)
+    if grad.stride() != strides:
+        grad = grad.new_empty_strided(grad.shape, strides).copy_(grad)
+    return _ops.relu_bits_backward(grad, bits, backend=backend)
 
 
 class DualMaskedLayer(Function):

@@ -91,3 +91,16 @@ def check_branches(op: str, input: Tensor, perturbed_input: Tensor | None) -> No
         raise ValueError(
             f"{op}: perturbed_input must be on the input's device {input.device}; got {perturbed_input.device}"
         )
+
+
+def check_trigger(op: str, trigger: Tensor, image: tuple[int, ...]) -> None:
+    """A trigger is floating, and of the shape of one image (C, H, W), with or without a batch of one."""
+    check_floating(op, "trigger", trigger)
+    if shape(trigger) not in (image, (1, *image)):
+        raise ValueError(f"{op}: trigger must have shape {(1, *image)} or {image}; got {shape(trigger)}")
+
+
+def check_bounds(op: str, low: float | None, high: float | None) -> None:
+    bounds = [bound for bound in (low, high) if bound is not None]
+    if not bounds == sorted(bounds) or any(bound != bound for bound in bounds):
+        raise ValueError(f"{op}: low must not be above high; got low {low} and high {high}")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskops.functional._autograd import DualMaskedLayer, MaskedLayer, each, run_layer
-from maskops.functional._checks import check_branches, check_layer, expand, shape
+from maskops.functional._autograd import DualMaskedLayer, MaskedConvReLU, MaskedLayer, each, run_layer
+from maskops.functional._checks import check_branches, check_floating, check_layer, expand, shape
 
 Size = int | Sequence[int]
 
@@ -75,6 +75,67 @@ def masked_conv2d(
     """
     layer, options = (weight, mask, noise, bias), (stride, padding, dilation, groups)
     return _convolve("masked_conv2d", 2, MaskedLayer, (input,), layer, options, backend)
+
+
+def masked_conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    noise: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A block in one pass: ``relu(scale * conv2d(input, weight * (mask + noise), bias) + shift + residual)``.
+
+    scale, shift: (O,) any floating dtype, or None: a frozen batch norm is ``scale = γ/σ`` and ``shift = β - μγ/σ``
+    residual:     of the output's shape, any floating dtype, or None
+    gradients:    input, weight, mask, noise, bias and residual, none for scale and shift; of the output one bit per
+                  element is kept
+    all else:     as in :func:`masked_conv2d`, for batches of images
+
+    >>> import torch
+    >>> x, w, m = torch.ones(1, 1, 1, 1), torch.ones(2, 1, 1, 1), torch.tensor([0.5, 1.0]).view(2, 1, 1, 1)
+    >>> masked_conv2d_relu(x, w, m, scale=torch.tensor([4.0, -1.0]), shift=torch.tensor([1.0, 0.5])).flatten()
+    tensor([3., 0.])
+    """
+    op = "masked_conv2d_relu"
+    geometry, uneven = _geometry(op, 2, weight, stride, padding, dilation, groups)
+    if input.dim() != 4:
+        raise ValueError(f"{op}: input must have 4 dimensions; got {shape(input)}")
+    _check_sizes(op, 2, input, weight, geometry, uneven)
+    check_layer(op, input, weight, mask, noise, bias, weight.shape[0])
+    for name, value in (("scale", scale), ("shift", shift)):
+        if value is not None and value.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: {name} must have shape ({weight.shape[0]},); got {shape(value)}")
+        if value is not None and value.requires_grad:
+            raise ValueError(f"{op}: {name} must be frozen; got one that requires gradients")
+    if any(uneven):
+        input = F.pad(input, [0, uneven[1], 0, uneven[0]])
+    stride, padding, dilation, _, _, groups = geometry
+    _check_residual(op, residual, input, weight, stride, padding, dilation)
+    options = (scale, shift, residual, (stride, padding, dilation, groups))
+    return run_layer(MaskedConvReLU, (input,), weight, mask, noise, bias, *options, backend)
+
+
+def _check_residual(op, residual, input, weight, stride, padding, dilation) -> None:
+    if residual is None:
+        return
+    check_floating(op, "residual", residual)
+    sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    output = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in sizes]
+    expected = (input.shape[0], weight.shape[0], *output)
+    if residual.shape != expected:
+        raise ValueError(f"{op}: residual must have the output's shape {expected}; got {shape(residual)}")
+    if residual.device != input.device:
+        raise ValueError(f"{op}: residual must be on the input's device {input.device}; got {residual.device}")
 
 
 def masked_conv3d(

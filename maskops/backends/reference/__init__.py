@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from maskops.backends.reference.arena import arena_effective_weight_, arena_mask_grad
+from maskops.backends.reference.images import prepare_images, prepare_images_backward
 from maskops.backends.reference.l1_ball import project_onto_l1_ball, rescale_to_l1_ball
 from maskops.backends.reference.layers import (
     dual_masked_conv,
@@ -12,10 +14,11 @@ from maskops.backends.reference.layers import (
     effective_weight_backward,
     masked_conv,
     masked_conv_backward,
+    masked_conv_relu,
     masked_linear,
     masked_linear_backward,
 )
-from maskops.backends.reference.mask_step import mask_adam_step_, mask_sgd_step_
+from maskops.backends.reference.mask_step import mask_adam_step_, mask_sgd_step_, noise_step_
 from maskops.backends.reference.sign_bits import (
     max_pool_winners,
     max_pool_winners_backward,
@@ -23,8 +26,11 @@ from maskops.backends.reference.sign_bits import (
     relu_bits_,
     relu_bits_backward,
 )
+from maskops.backends.reference.trigger_step import trigger_step_
 
 __all__ = [
+    "arena_effective_weight_",
+    "arena_mask_grad",
     "dual_masked_conv",
     "dual_masked_conv_backward",
     "dual_masked_linear",
@@ -35,15 +41,20 @@ __all__ = [
     "mask_sgd_step_",
     "masked_conv",
     "masked_conv_backward",
+    "masked_conv_relu",
     "masked_linear",
     "masked_linear_backward",
     "max_pool_winners",
     "max_pool_winners_backward",
+    "noise_step_",
+    "prepare_images",
+    "prepare_images_backward",
     "project_onto_l1_ball",
     "relu_bits",
     "relu_bits_",
     "relu_bits_backward",
     "rescale_to_l1_ball",
+    "trigger_step_",
     "why_not",
 ]
 

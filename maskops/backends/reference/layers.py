@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from maskops.backends.reference.sign_bits import relu_bits_
 
 aten = torch.ops.aten
 
@@ -35,31 +39,57 @@ def effective_weight_backward(
     return grads
 
 
-def masked_conv(
-    input, weight, mask, noise, bias, stride, padding, dilation, transposed, output_padding, groups
-) -> Tensor:
-    """``conv(input, effective_weight(weight, mask, noise), bias)``."""
-    effective = effective_weight(weight, mask, noise, input.dtype)
-    return torch.convolution(input, effective, bias, stride, padding, dilation, transposed, output_padding, groups)
+class Weighting(NamedTuple):
+    """Who makes the effective weights of a layer, and the gradients of their factors."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., list[Tensor]]
+
+
+_PLAIN = Weighting(effective_weight, effective_weight_backward)
+
+
+def masked_conv(input, weight, mask, noise, bias, *geometry, weighting=_PLAIN) -> Tensor:
+    """``conv(input, effective_weight(weight, mask, noise), bias)``.
+
+    geometry: stride, padding, dilation, transposed, output_padding, groups
+    """
+    return torch.convolution(input, weighting.forward(weight, mask, noise, input.dtype), bias, *geometry)
+
+
+def masked_conv_relu(
+    input, weight, mask, noise, bias, scale, shift, residual, stride, padding, dilation, groups
+) -> tuple[Tensor, Tensor]:
+    """``relu(scale * masked_conv(…) + shift + residual)``, scale and shift one number per channel, and its bits."""
+    output = masked_conv(input, weight, mask, noise, bias, stride, padding, dilation, False, [0, 0], groups)
+    if scale is not None:
+        output = output * scale.view(-1, 1, 1)
+    if shift is not None:
+        output = output + shift.view(-1, 1, 1)
+    if residual is not None:
+        output = output + residual
+    output = output.to(input.dtype)
+    return output, relu_bits_(output, math.inf)
 
 
 def masked_conv_backward(
-    grad, input, weight, mask, noise, input_size, stride, padding, dilation, transposed, output_padding, groups, needs
+    grad, input, weight, mask, noise, input_size, *geometry_and_needs, weighting=_PLAIN
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
+    *geometry, needs = geometry_and_needs
+    *_, transposed, _, groups = geometry
     need_input, *need_factors, need_bias = needs
     if need_input:
-        effective = effective_weight(weight, mask, noise, grad.dtype)
+        effective = weighting.forward(weight, mask, noise, grad.dtype)
     else:
         effective = weight.to(grad.dtype)
     if input is None:
         input = _of_size(input_size, grad)
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
     bias_size = [weight.shape[1] * groups if transposed else weight.shape[0]]
     grad_input, grad_effective, grad_bias = aten.convolution_backward(
         grad, input, effective, bias_size, *geometry, [need_input, any(need_factors), need_bias]
     )
-    return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs)
+    return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs, weighting)
 
 
 def _of_size(size: list[int], like: Tensor) -> Tensor:
@@ -69,69 +99,94 @@ def _of_size(size: list[int], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def masked_linear(input, weight, mask, noise, bias) -> Tensor:
+def masked_linear(input, weight, mask, noise, bias, *, weighting=_PLAIN) -> Tensor:
     """``linear(input, effective_weight(weight, mask, noise), bias)``."""
-    return F.linear(input, effective_weight(weight, mask, noise, input.dtype), bias)
+    return F.linear(input, weighting.forward(weight, mask, noise, input.dtype), bias)
 
 
-def masked_linear_backward(grad, input, weight, mask, noise, input_size, needs) -> list[Tensor]:
+def masked_linear_backward(grad, input, weight, mask, noise, input_size, needs, *, weighting=_PLAIN) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
     need_input, *need_factors, need_bias = needs
     grad_input = grad_effective = grad_bias = None
     if need_input:
-        grad_input = grad @ effective_weight(weight, mask, noise, grad.dtype)
+        grad_input = grad @ weighting.forward(weight, mask, noise, grad.dtype)
     rows = _rows(grad)
     if any(need_factors):
         grad_effective = rows.t() @ _rows(input)
     if need_bias:
         grad_bias = rows.sum(0)
-    return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs)
+    return _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs, weighting)
 
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs) -> list[Tensor]:
+def _gather(grad_input, grad_effective, grad_bias, weight, mask, noise, needs, weighting) -> list[Tensor]:
     need_input, *need_factors, need_bias = needs
     grads = [grad_input] if need_input else []
     if any(need_factors):
-        grads += effective_weight_backward(grad_effective, weight, mask, noise, need_factors)
+        grads += weighting.backward(grad_effective, weight, mask, noise, need_factors)
     return [*grads, grad_bias] if need_bias else grads
 
 
-def dual_masked_conv(input, perturbed_input, weight, mask, noise, bias, *geometry) -> tuple[Tensor, Tensor]:
+def dual_masked_conv(
+    input, perturbed_input, weight, mask, noise, bias, *geometry, weighting=_PLAIN
+) -> tuple[Tensor, Tensor]:
     """``masked_conv`` of the input without noise, and of the perturbed input (or the same input) with noise."""
     perturbed_input = input if perturbed_input is None else perturbed_input
-    clean = masked_conv(input, weight, mask, None, bias, *geometry)
-    return clean, masked_conv(perturbed_input, weight, mask, noise, bias, *geometry)
+    clean = masked_conv(input, weight, mask, None, bias, *geometry, weighting=weighting)
+    return clean, masked_conv(perturbed_input, weight, mask, noise, bias, *geometry, weighting=weighting)
 
 
 def dual_masked_conv_backward(
-    grad, perturbed_grad, input, perturbed_input, one_input, weight, mask, noise, input_size, *geometry_and_needs
+    grad,
+    perturbed_grad,
+    input,
+    perturbed_input,
+    one_input,
+    weight,
+    mask,
+    noise,
+    input_size,
+    *geometry_and_needs,
+    weighting=_PLAIN,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
     *geometry, needs = geometry_and_needs
 
     def branch(grad, input, noise, needs):
-        return masked_conv_backward(grad, input, weight, mask, noise, input_size, *geometry, needs)
+        layer = (weight, mask, noise, input_size, *geometry, needs)
+        return masked_conv_backward(grad, input, *layer, weighting=weighting)
 
     return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
 
 
-def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias) -> tuple[Tensor, Tensor]:
+def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias, *, weighting=_PLAIN) -> tuple[Tensor, Tensor]:
     """``masked_linear`` of the input without noise, and of the perturbed input (or the same input) with noise."""
     perturbed_input = input if perturbed_input is None else perturbed_input
-    return masked_linear(input, weight, mask, None, bias), masked_linear(perturbed_input, weight, mask, noise, bias)
+    clean = masked_linear(input, weight, mask, None, bias, weighting=weighting)
+    return clean, masked_linear(perturbed_input, weight, mask, noise, bias, weighting=weighting)
 
 
 def dual_masked_linear_backward(
-    grad, perturbed_grad, input, perturbed_input, one_input, weight, mask, noise, input_size, needs
+    grad,
+    perturbed_grad,
+    input,
+    perturbed_input,
+    one_input,
+    weight,
+    mask,
+    noise,
+    input_size,
+    needs,
+    *,
+    weighting=_PLAIN,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
 
     def branch(grad, input, noise, needs):
-        return masked_linear_backward(grad, input, weight, mask, noise, input_size, needs)
+        return masked_linear_backward(grad, input, weight, mask, noise, input_size, needs, weighting=weighting)
 
     return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
 

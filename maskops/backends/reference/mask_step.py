@@ -1,7 +1,12 @@
-"""The mask step: gradient of the mask, L1 subgradient, optimiser, bounds, effective weight."""
+"""The mask step: gradient of the mask, L1 subgradient, optimiser, bounds, effective weight; and the noise's step.
+
+``totals``, where given, become sum|mask - toward| of the new mask and the numbers of its entries at ``lower`` and at
+``upper``.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,8 +17,9 @@ _BLOCK = 1 << 17
 
 
 def mask_adam_step_(
-    mask, grad, weight, effective, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, l1, toward, lower, upper
-) -> None:
+    mask, grad, weight, effective, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, l1, toward, lower, upper,
+    totals=None,
+) -> None:  # fmt: skip
     """Adam (Kingma & Ba 2015, Algorithm 1) on ``grad * weight + l1 * sign(mask - toward)``, clip, effective weight.
 
     ``step`` counts on the device, so that the step can be captured in a CUDA graph: exactly, up to 2**24 in float32.
@@ -27,9 +33,13 @@ def mask_adam_step_(
         second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         m.sub_(first / second.sqrt().div_(correction).add_(eps) * step_size)
         _clip_and_apply(m, w, e, low, upper)
+    if totals is not None:
+        totals.copy_(_totals(mask, toward, lower, upper))
 
 
-def mask_sgd_step_(mask, grad, weight, effective, momentum_buffer, lr, momentum, l1, toward, lower, upper) -> None:
+def mask_sgd_step_(
+    mask, grad, weight, effective, momentum_buffer, lr, momentum, l1, toward, lower, upper, totals=None
+) -> None:
     """SGD with momentum on ``grad * weight + l1 * sign(mask - toward)``, then clip and effective weight."""
     for m, g, w, e, buffer, low in _blocks(mask, grad, weight, effective, momentum_buffer, lower):
         g = _mask_grad(m, g, w, l1, toward)
@@ -37,6 +47,17 @@ def mask_sgd_step_(mask, grad, weight, effective, momentum_buffer, lr, momentum,
             g = buffer.mul_(momentum).add_(g)
         m.sub_(g * lr)
         _clip_and_apply(m, w, e, low, upper)
+    if totals is not None:
+        totals.copy_(_totals(mask, toward, lower, upper))
+
+
+def noise_step_(noise: Tensor, grad: Tensor, weight: Tensor | None, step_size: float, bound: float) -> None:
+    """``noise + step_size * sign(grad * weight)``, then into [-bound, bound]."""
+    for n, g, w in _blocks(noise, grad, weight):
+        g = g.to(n.dtype)
+        n.add_(g.sign() if w is None else (g * w).sign_(), alpha=step_size)
+        if bound < math.inf:
+            n.clamp_(-bound, bound)
 
 
 def _blocks(mask: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
@@ -62,3 +83,9 @@ def _clip_and_apply(mask: Tensor, weight: Tensor | None, effective: Tensor | Non
     torch.maximum(mask.clamp_(max=upper), lower, out=mask)
     if effective is not None:
         torch.mul(weight, mask, out=effective)
+
+
+def _totals(mask: Tensor, toward: float, lower: Tensor, upper: float) -> Tensor:
+    """sum|mask - toward|, and how many entries are at their lower bound and at the upper one."""
+    counts = (mask == lower.to(mask.dtype)).sum(), (mask == upper).sum()
+    return torch.stack([(mask.double() - toward).abs().sum(), *(count.double() for count in counts)])

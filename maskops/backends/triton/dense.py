@@ -1,0 +1,188 @@
+"""Launches of the matrix-product kernels: a masked layer as a two-dimensional convolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from maskops.backends.triton import tuning
+from maskops.backends.triton._launch import cdiv, run
+from maskops.backends.triton.blocks import Blocks, blocks, occupy, processors, variants
+from maskops.backends.triton.convolution import conv_forward, conv_input_grad, conv_weight_grad
+
+Result = TypeVar("Result")
+
+_WORKSPACE = 1 << 26
+"""Bytes that all parts of one weight gradient may take, unless one part alone takes more."""
+_FEW_CHANNELS = 16
+"""Below so many input channels a step of the sum runs over several taps."""
+
+
+class Layer(NamedTuple):
+    """A masked layer: weight (O, C / groups, R, S), the factors with strides of 0 where they are broadcast.
+
+    transposed: the layer is the transpose of this convolution: O counts its input's channels
+    precision:  of float32 products, "ieee" or "tf32"
+    """
+
+    weight: Tensor
+    mask: Tensor
+    noise: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    precision: str
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output pixel sees one input pixel, the one in its place."""
+        return self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+
+    @property
+    def per_neuron(self) -> bool:
+        """Whether mask and noise are one number per neuron, at most."""
+        factors = [self.mask] if self.noise is None else [self.mask, self.noise]
+        return all(not any(factor.stride()[1:]) for factor in factors)
+
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """The strides of weight, mask and noise, as the kernels take them."""
+        noise_strides = (0, 0, 0, 0) if self.noise is None else self.noise.stride()
+        return self.weight.stride(), self.mask.stride(), noise_strides
+
+
+class Epilogue(NamedTuple):
+    """What happens to a tile of outputs before it is written: ``relu(scale * output + shift + residual)``, one branch.
+
+    bits: where the ReLU's bits go, in whole bytes of neighbouring channels; None: nowhere
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    bits: Tensor | None = None
+    relu: bool = False
+
+
+_NOTHING = Epilogue()
+
+
+def forward(
+    outputs: list[Tensor], inputs: list[Tensor], layer: Layer, bias: Tensor | None, epilogue: Epilogue = _NOTHING
+) -> None:
+    """Write the outputs: of one input with noise, or of two, the first without noise and the second with it."""
+    images, _, rows, columns = outputs[0].shape
+    out, channels, r, s = layer.weight.shape
+    group_out, pixels = out // layer.groups, images * rows * columns
+    two = len(outputs) == 2
+    flat = channels < _FEW_CHANNELS and r * s > 1
+    device = inputs[0].device
+
+    def start(tile: Blocks) -> None:
+        run(
+            conv_forward,
+            (cdiv(group_out, tile.left) * cdiv(pixels, tile.right), layer.groups),
+            *(outputs[0], outputs[-1], inputs[0], inputs[-1]),
+            *(layer.weight, layer.mask, layer.noise, bias, *epilogue[:4]),
+            *(outputs[0].stride(), inputs[0].stride(), *layer.strides()),
+            *(images, rows, columns, *inputs[0].shape[2:], group_out, channels),
+            *(layer.stride, layer.padding, layer.dilation),
+            *(r, s, layer.pointwise, flat, layer.per_neuron, two, inputs[0] is inputs[-1]),
+            *(epilogue.relu, layer.precision, tile.left, tile.right, tile.inner),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    tile = blocks(group_out, pixels, channels * (r * s if flat else 1), inputs[0].dtype, len(outputs), device)
+    _start(start, occupy(tile, out, pixels, device), "forward", outputs, inputs, layer)
+
+
+def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bias: Tensor | None = None) -> None:
+    """Write the gradient of each input; of two gradients and one input the sum. With a bias: a transposed layer."""
+    images, _, rows, columns = grads[0].shape
+    input_rows, input_columns = grad_inputs[0].shape[2:]
+    out, channels, r, s = layer.weight.shape
+    group_out = out // layer.groups
+    phases = math.prod(layer.stride)
+    pixels = images * cdiv(input_rows, layer.stride[0]) * cdiv(input_columns, layer.stride[1])
+    tap_step = tuple(step // math.gcd(step, gap) for step, gap in zip(layer.stride, layer.dilation, strict=True))
+    device = grads[0].device
+
+    def start(tile: Blocks) -> None:
+        run(
+            conv_input_grad,
+            (cdiv(channels, tile.left) * cdiv(pixels, tile.right), layer.groups, phases),
+            *(grad_inputs[0], grad_inputs[-1], grads[0], grads[-1], layer.weight, layer.mask, layer.noise, bias),
+            *(grad_inputs[0].stride(), grads[0].stride(), *layer.strides()),
+            *(images, rows, columns, input_rows, input_columns, group_out, channels),
+            *(layer.stride, layer.padding, layer.dilation, tap_step),
+            *(r, s, layer.pointwise, layer.per_neuron, len(grads) == 2, len(grad_inputs) == 1, layer.precision),
+            *(tile.left, tile.right, tile.inner),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    tile = blocks(channels, pixels, group_out, grads[0].dtype, len(grads), device)
+    tile = occupy(tile, layer.groups * channels, phases * pixels, device)
+    _start(start, tile, "input gradient", grad_inputs, grads, layer)
+
+
+def weight_grad(
+    grads: list[Tensor], inputs: list[Tensor], layer: Layer, separate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Parts (parts, O, C / groups, R, S) in float32 whose sums are the gradient of the effective weight.
+
+    The first are those of the total over the branches; ``separate``: the second are those of the second branch alone.
+    """
+    images, _, rows, columns = grads[0].shape
+    out, channels, r, s = layer.weight.shape
+    group_out, pixels = out // layer.groups, images * rows * columns
+    flat = channels < _FEW_CHANNELS and r * s > 1
+    taps, width = (1, channels * r * s) if flat else (r * s, channels)
+    device = grads[0].device
+
+    def start(tile: Blocks) -> tuple[Tensor, Tensor | None]:
+        tiles = cdiv(group_out, tile.left) * taps * cdiv(width, tile.right)
+        part_pixels = _part_pixels(pixels, tiles * layer.groups, tile.inner, layer.weight.numel(), device)
+        parts = max(1, cdiv(pixels, part_pixels))
+        total = torch.empty((parts, out, r, s, channels), dtype=torch.float32, device=device)
+        perturbed = torch.empty_like(total) if separate else None
+        run(
+            conv_weight_grad,
+            (tiles, layer.groups, parts),
+            *(total, perturbed, grads[0], grads[-1], inputs[0], inputs[-1], grads[0].stride(), inputs[0].stride()),
+            *(images, rows, columns, *inputs[0].shape[2:], group_out, channels),
+            *(layer.stride, layer.padding, layer.dilation, part_pixels, layer.weight.numel()),
+            *(r, s, layer.pointwise, flat, len(grads) == 2, inputs[0] is inputs[-1], separate, layer.precision),
+            *(tile.left, tile.right, tile.inner),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return total.permute(0, 1, 4, 2, 3), None if perturbed is None else perturbed.permute(0, 1, 4, 2, 3)
+
+    tile = blocks(group_out, width, pixels, grads[0].dtype, 2 if separate else 1, device)
+    return _start(start, tile, f"weight gradient {separate}", grads, inputs, layer)
+
+
+def _part_pixels(pixels: int, tiles: int, block: int, weights: int, device: torch.device) -> int:
+    """How many pixels a part sums over: so many that all parts together occupy the device twice, and fit in memory."""
+    most = min(cdiv(pixels, 4 * block), _WORKSPACE // max(4 * weights, 1))
+    parts = max(1, min(most, cdiv(2 * processors(device), max(tiles, 1))))
+    return max(1, cdiv(cdiv(pixels, parts), block)) * block
+
+
+def _start(start: Callable[[Blocks], Result], tile: Blocks, what: str, *shapes: Any) -> Result:
+    """Start with the tile, or with one that was measured to be faster for these shapes."""
+    *activations, layer = shapes
+    device = activations[0][0].device
+    if not tuning.is_used(device):
+        return start(tile)
+    described = [(tuple(tensors[0].shape), tensors[0].stride()[1] == 1, len(tensors)) for tensors in activations]
+    geometry = (tuple(layer.weight.shape), *layer[3:], layer.mask.dtype, layer.noise is None)
+    key = f"{what} {activations[0][0].dtype} {described} {geometry}"
+    return start(tuning.best(key, variants(tile), start, device))

@@ -1,0 +1,278 @@
+"""Masked convolution and linear layers: the ops, and which kernels serve them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskops.backends.triton import dense, depthwise, sign_bits
+from maskops.backends.triton._launch import outputs
+from maskops.backends.triton.ways import either_way
+from maskops.backends.triton.weights import spread, write_factor_grads
+
+_BRANCHED = ("input", "perturbed_input", "weight", "mask", "noise", "bias")
+
+
+@either_way
+def masked_conv(input, weight, mask, noise, bias, *geometry) -> Tensor:
+    """``conv(input, weight * (mask + noise), bias)`` in one launch, with no effective weight in memory."""
+    made = outputs("masked_conv", input, weight, mask, noise, bias, *geometry)
+    _forward(_convolution(weight, mask, noise, *geometry), made, [input], bias)
+    return made[0]
+
+
+def masked_conv_relu(
+    input, weight, mask, noise, bias, scale, shift, residual, stride, padding, dilation, groups
+) -> tuple[Tensor, Tensor]:
+    """``relu(scale * conv(input, weight * (mask + noise), bias) + shift + residual)`` in one launch, with its bits.
+
+    Bytes of bits are made of eight output channels that are neighbours in memory; for others a second launch packs.
+    """
+    geometry = (stride, padding, dilation, groups)
+    arguments = (input, weight, mask, noise, bias, scale, shift, residual)
+    output, bits = outputs("masked_conv_relu", *arguments, *geometry)
+    if residual is not None and residual.stride() != output.stride():
+        residual = torch.empty_like(output).copy_(residual)
+    op = _convolution(weight, mask, noise, stride, padding, dilation, False, [0, 0], groups)
+    if not output.numel():
+        return output, bits
+    packs = groups == 1 and output.shape[1] % 8 == 0 and output.is_contiguous(memory_format=torch.channels_last)
+    epilogue = dense.Epilogue(scale, shift, residual, bits if packs else None, relu=True)
+    dense.forward([output], [input], op.layer, bias, epilogue)
+    return output, bits if packs else sign_bits.relu_bits_(output, math.inf)
+
+
+@either_way
+def masked_linear(input, weight, mask, noise, bias) -> Tensor:
+    """``linear(input, weight * (mask + noise), bias)`` in one launch, with no effective weight in memory."""
+    made = outputs("masked_linear", input, weight, mask, noise, bias)
+    _forward(_linear(weight, mask, noise), made, [input], bias)
+    return made[0]
+
+
+@either_way
+def dual_masked_conv(input, perturbed_input, weight, mask, noise, bias, *geometry) -> tuple[Tensor, Tensor]:
+    """Both branches in one launch: every tile of θ, m and δ is read once."""
+    made = outputs("dual_masked_conv", input, perturbed_input, weight, mask, noise, bias, *geometry)
+    _forward(_convolution(weight, mask, noise, *geometry), made, [input, perturbed_input], bias)
+    return made[0], made[1]
+
+
+@either_way
+def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias) -> tuple[Tensor, Tensor]:
+    """Both branches in one launch: every tile of θ, m and δ is read once."""
+    made = outputs("dual_masked_linear", input, perturbed_input, weight, mask, noise, bias)
+    _forward(_linear(weight, mask, noise), made, [input, perturbed_input], bias)
+    return made[0], made[1]
+
+
+@either_way
+def masked_conv_backward(grad, input, weight, mask, noise, input_size, *geometry_and_needs) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
+    *geometry, needs = geometry_and_needs
+    made = outputs("masked_conv_backward", grad, input, weight, mask, noise, input_size, *geometry_and_needs)
+    _backward(_convolution(weight, mask, noise, *geometry), _named(made, [needs[0], False, *needs[1:]]), grad, input)
+    return made
+
+
+@either_way
+def masked_linear_backward(grad, input, weight, mask, noise, input_size, needs) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
+    made = outputs("masked_linear_backward", grad, input, weight, mask, noise, input_size, needs)
+    _backward(_linear(weight, mask, noise), _named(made, [needs[0], False, *needs[1:]]), grad, input)
+    return made
+
+
+@either_way
+def dual_masked_conv_backward(
+    grad, perturbed_grad, input, perturbed_input, one_input, weight, mask, noise, input_size, *geometry_and_needs
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
+    *geometry, needs = geometry_and_needs
+    branches = (grad, perturbed_grad, input, perturbed_input, one_input)
+    made = outputs("dual_masked_conv_backward", *branches, weight, mask, noise, input_size, *geometry_and_needs)
+    _dual_backward(_convolution(weight, mask, noise, *geometry), _named(made, needs), *branches)
+    return made
+
+
+@either_way
+def dual_masked_linear_backward(
+    grad, perturbed_grad, input, perturbed_input, one_input, weight, mask, noise, input_size, needs
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
+    branches = (grad, perturbed_grad, input, perturbed_input, one_input)
+    made = outputs("dual_masked_linear_backward", *branches, weight, mask, noise, input_size, needs)
+    _dual_backward(_linear(weight, mask, noise), _named(made, needs), *branches)
+    return made
+
+
+def _named(made: list[Tensor], needs: list[bool]) -> dict[str, Tensor]:
+    wanted = (name for name, need in zip(_BRANCHED, needs, strict=True) if need)
+    return dict(zip(wanted, made, strict=True))
+
+
+class _Op(NamedTuple):
+    """A layer for the kernels, and what leads from the op's tensors to theirs and back."""
+
+    layer: dense.Layer
+    weight: Tensor
+    mask: Tensor
+    noise: Tensor | None
+    image: Callable[[Tensor], Tensor]
+    """An activation as (images, channels, rows, columns)."""
+
+    def without_noise(self) -> _Op:
+        return self._replace(layer=self.layer._replace(noise=None), noise=None)
+
+    @property
+    def depthwise(self) -> bool:
+        weight, groups = self.layer.weight, self.layer.groups
+        return not self.layer.transposed and depthwise.serves(weight.shape[1] * groups, weight, groups)
+
+
+def _convolution(weight, mask, noise, stride, padding, dilation, transposed, output_padding, groups) -> _Op:
+    factors = (weight, spread(mask, weight), spread(noise, weight))
+    steps = (stride, padding, dilation)
+    image = _itself
+    if weight.dim() == 3:
+        factors = [None if factor is None else factor.unsqueeze(2) for factor in factors]
+        steps = ((1, *stride), (0, *padding), (1, *dilation))
+        image = _row
+    precision = _precision(torch.backends.cudnn.conv)
+    layer = dense.Layer(*factors, *(tuple(step) for step in steps), groups, transposed, precision)
+    return _Op(layer, weight, mask, noise, image)
+
+
+def _linear(weight, mask, noise) -> _Op:
+    factors = (weight, spread(mask, weight), spread(noise, weight))
+    factors = [None if factor is None else factor[:, :, None, None] for factor in factors]
+    precision = _precision(torch.backends.cuda.matmul)
+    return _Op(dense.Layer(*factors, (1, 1), (0, 0), (1, 1), 1, False, precision), weight, mask, noise, _pixels)
+
+
+def _itself(activation: Tensor) -> Tensor:
+    return activation
+
+
+def _row(activation: Tensor) -> Tensor:
+    return activation.unsqueeze(2)
+
+
+def _pixels(activation: Tensor) -> Tensor:
+    """Rows of features as images of one pixel."""
+    rows = math.prod(activation.shape[:-1])
+    return activation.reshape(rows, activation.shape[-1])[:, :, None, None]
+
+
+def _precision(backend) -> str:
+    """How the user wants float32 to be multiplied."""
+    return "tf32" if backend.fp32_precision == "tf32" else "ieee"
+
+
+def _forward(op: _Op, made: list[Tensor], inputs: list[Tensor | None], bias: Tensor | None) -> None:
+    targets = [op.image(output) for output in made]
+    sources = _images(op, inputs)
+    if not _alike(targets) or not _alike(sources):
+        _write(op.without_noise(), targets[:1], sources[:1], bias)
+        _write(op, targets[1:], sources[1:], bias)
+    else:
+        _write(op, targets, sources, bias)
+
+
+def _images(op: _Op, activations: list[Tensor | None]) -> list[Tensor]:
+    """The activations as images; a missing second one is the first, the same object."""
+    first = op.image(activations[0])
+    return [first, *(first if other is None else op.image(other) for other in activations[1:])]
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    return tensors[0].stride() == tensors[-1].stride()
+
+
+def _write(op: _Op, targets: list[Tensor], sources: list[Tensor], bias: Tensor | None) -> None:
+    layer = op.layer
+    if op.depthwise:
+        depthwise.forward(targets, sources, *layer[:3], bias, *layer[3:6])
+    elif layer.transposed:
+        dense.input_grad(targets, sources, layer, bias)
+    else:
+        dense.forward(targets, sources, layer, bias)
+
+
+def _dual_backward(op, made, grad, perturbed_grad, input, perturbed_input, one_input) -> None:
+    if grad is None:
+        _backward(op, made, perturbed_grad, input if one_input else perturbed_input)
+        return
+    if perturbed_grad is None:
+        _backward(op.without_noise(), made, grad, input)
+        return
+    grads = _images(op, [grad, perturbed_grad])
+    if not _alike(grads):
+        grads = [grad.contiguous() for grad in grads]
+    if one_input and "input" in made:
+        _input_grads(op, [made["input"]], grads)
+    elif "input" in made and "perturbed_input" in made:
+        _input_grads(op, [made["input"], made["perturbed_input"]], grads)
+    elif "input" in made:
+        _input_grads(op.without_noise(), [made["input"]], grads[:1])
+    elif "perturbed_input" in made:
+        _input_grads(op, [made["perturbed_input"]], grads[1:])
+    _other_grads(op, made, grads, [input, None if one_input else perturbed_input])
+
+
+def _backward(op: _Op, made: dict[str, Tensor], grad: Tensor, input: Tensor | None) -> None:
+    """The gradients of one branch."""
+    grads = [op.image(grad)]
+    for name in ("input", "perturbed_input"):
+        if name in made:
+            _input_grads(op, [made[name]], grads)
+    _other_grads(op, made, grads, [input])
+
+
+def _input_grads(op: _Op, made: list[Tensor], grads: list[Tensor]) -> None:
+    targets = [op.image(target) for target in made]
+    layer = op.layer
+    if not _alike(targets):
+        _input_grads(op.without_noise(), made[:1], grads[:1])
+        _input_grads(op, made[1:], grads[1:])
+    elif op.depthwise:
+        depthwise.input_grad(targets, grads, *layer[:6])
+    elif layer.transposed:
+        total = targets if len(grads) == len(targets) else [*targets, torch.empty_like(targets[0])]
+        dense.forward(total, grads, layer, None)
+        if len(grads) > len(targets):
+            targets[0] += total[1]
+    else:
+        dense.input_grad(targets, grads, layer)
+
+
+def _other_grads(op: _Op, made: dict[str, Tensor], grads: list[Tensor], inputs: list[Tensor | None]) -> None:
+    """The gradients of weight, mask, noise and bias."""
+    names = ("weight", "mask", "noise")
+    needs = [name in made for name in names]
+    if any(needs):
+        sources = _images(op, inputs)
+        if not _alike(sources):
+            sources = [source.contiguous() for source in sources]
+        separate = len(grads) == 2 and op.noise is not None and ("noise" in made or "weight" in made)
+        parts = _weight_grad(op, grads, sources, separate)
+        total, perturbed = (None if part is None else part.reshape(part.shape[0], *op.weight.shape) for part in parts)
+        factor_grads = [made[name] for name in names if name in made]
+        perturbed = perturbed if separate else total
+        write_factor_grads(factor_grads, total, perturbed, op.weight, op.mask, op.noise, needs)
+    if "bias" in made:
+        sums = [grad.sum((0, 2, 3), dtype=torch.float32) for grad in grads]
+        made["bias"].copy_(sum(sums))
+
+
+def _weight_grad(op, grads, sources, separate) -> tuple[Tensor, Tensor | None]:
+    layer = op.layer
+    if op.depthwise:
+        return depthwise.weight_grad(grads, sources, layer.weight.shape, *layer[3:6], separate)
+    if layer.transposed:
+        return dense.weight_grad(sources, grads, layer, separate)
+    return dense.weight_grad(grads, sources, layer, separate)

@@ -1,0 +1,105 @@
+"""Choices by measurement: which of several ways to compute something is the fastest on this device, kept in a file.
+
+With MASKOPS_MEASURE=1 every choice that is met for the first time is measured and kept; without it, what was measured
+before is used, and the first candidate where nothing was. The file is in the folder MASKOPS_CACHE, else in the user's
+cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+Candidate = TypeVar("Candidate")
+
+
+def best(
+    key: str, candidates: Sequence[Candidate], start: Callable[[Candidate], object], device: torch.device
+) -> Candidate:
+    """The fastest of the candidates, by the kept measurement or by one made now; the first where there is neither.
+
+    key:   says what is computed, and on which shape
+    start: computes it in the way of a candidate, as often as it is called; a candidate that doesn't fit on the device
+           is passed over
+    """
+    known = _known(_file(device)).get(key)
+    if known is None and measures(device):
+        milliseconds = {index: _milliseconds(start, candidate, device) for index, candidate in enumerate(candidates)}
+        fastest = candidates[min(milliseconds, key=lambda index: milliseconds[index])]
+        known = json.loads(json.dumps(fastest))
+        _keep(_file(device), key, known)
+    return next((candidate for candidate in candidates if json.loads(json.dumps(candidate)) == known), candidates[0])
+
+
+def is_used(device: torch.device) -> bool:
+    """Whether there is any measurement for this device, or one would be made."""
+    return measures(device) or bool(_known(_file(device)))
+
+
+def was_measured(key: str, device: torch.device) -> bool:
+    """Whether a measurement is kept for this key."""
+    return key in _known(_file(device))
+
+
+def measures(device: torch.device) -> bool:
+    """Whether what isn't known yet is measured now: never while a CUDA graph is recorded."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return os.environ.get("MASKOPS_MEASURE") == "1" and device.type != "meta" and not capturing
+
+
+def _milliseconds(start: Callable[[Candidate], object], candidate: Candidate, device: torch.device) -> float:
+    try:
+        if device.type == "cuda":
+            return triton.testing.do_bench(lambda: start(candidate), warmup=5, rep=20, return_mode="median")
+        begin = time.perf_counter()
+        start(candidate)
+        return 1e3 * (time.perf_counter() - begin)
+    except OutOfResources:
+        return float("inf")
+
+
+def _file(device: torch.device) -> Path:
+    return _file_in(os.environ.get("MASKOPS_CACHE"), os.environ.get("XDG_CACHE_HOME"), device)
+
+
+@cache
+def _file_in(folder: str | None, caches: str | None, device: torch.device) -> Path:
+    folder = folder or Path(caches or "~/.cache") / "maskops"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = re.sub(r"[^a-z0-9]+", "-", f"{name} triton {triton.__version__}".lower())
+    return Path(folder).expanduser() / f"{name}.json"
+
+
+@cache
+def _known(path: Path) -> dict[str, object]:
+    """What the file holds, by key; nothing where it can't be read."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _keep(path: Path, key: str, value: object) -> None:
+    """Add to the file what was measured, beside what other processes have added. Without the file it is kept here."""
+    known = _known(path)
+    known[key] = value
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        others = json.loads(path.read_text()) if path.exists() else {}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            json.dump({**others, **known}, file, indent=0, sort_keys=True)
+        os.replace(file.name, path)
+    except (OSError, ValueError):
+        return
