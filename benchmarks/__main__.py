@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: ``awm`` and ``ops`` measure, ``tables`` repeats papers, ``report`` writes the README."""
+"""``awm`` and ``ops`` measure, ``kernels`` compiles, ``tables`` repeats papers, ``report`` writes the README."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import awm, ops, report, results, tables
+from benchmarks import awm, kernels, ops, report, results, tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
         return report.main(options.readme, options.results, options.check)
     if options.command == "tables":
         return tables.main(options)
+    if options.command == "kernels":
+        return kernels.main(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks: torch sees no CUDA device", file=sys.stderr)
         return 2
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--no-peaks", dest="peaks", action="store_false", help="don't measure peak memory")
         else:
             command.add_argument("--compile", action="store_true", help="torch.compile too, which takes a while")
+    kernels.add_arguments(commands.add_parser("kernels", help=kernels.__doc__, description=kernels.__doc__))
     tables.add_arguments(commands.add_parser("tables", help=tables.__doc__, description=tables.__doc__))
     command = commands.add_parser("report", help="write the README's tables from the results")
     command.add_argument("--readme", type=Path, default=results.ROOT / "README.md")

@@ -20,7 +20,9 @@ _LIBRARY = torch.library.Library("maskops", "DEF")
 _GEOMETRY = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
 )
+_GEOMETRY_2D = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 _LAYER = "Tensor weight, Tensor mask, Tensor? noise"
+_MANY = "Tensor weight, Tensor masks, Tensor? noise"
 _BRANCHES = "Tensor? grad, Tensor? perturbed_grad, Tensor? input, Tensor? perturbed_input, bool one_input"
 
 _SCHEMAS = (
@@ -37,6 +39,11 @@ _SCHEMAS = (
     f"dual_masked_conv_backward({_BRANCHES}, {_LAYER}, SymInt[] input_size, {_GEOMETRY}, bool[6] needs) -> Tensor[]",
     f"dual_masked_linear(Tensor input, Tensor? perturbed_input, {_LAYER}, Tensor? bias) -> (Tensor, Tensor)",
     f"dual_masked_linear_backward({_BRANCHES}, {_LAYER}, SymInt[] input_size, bool[6] needs) -> Tensor[]",
+    f"many_masked_conv(Tensor input, {_MANY}, Tensor? bias, {_GEOMETRY_2D}) -> Tensor",
+    f"many_masked_conv_backward(Tensor grad, Tensor? input, {_MANY}, SymInt[] input_size, {_GEOMETRY_2D}, "
+    "bool[5] needs) -> Tensor[]",
+    f"many_masked_linear(Tensor input, {_MANY}, Tensor? bias) -> Tensor",
+    f"many_masked_linear_backward(Tensor grad, Tensor? input, {_MANY}, SymInt[] input_size, bool[5] needs) -> Tensor[]",
     "rescale_to_l1_ball(Tensor input, float radius) -> Tensor",
     "project_onto_l1_ball(Tensor input, float radius) -> Tensor",
     "mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
@@ -72,15 +79,27 @@ def _register(schema: str) -> None:
 
 
 def _implementation(name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.maskops, name).default
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None]
+
     def implementation(*arguments: Any, backend: str | None = None) -> Any:
-        return _dispatch.choose(name, arguments, backend)(*arguments)
+        function = _dispatch.choose(name, arguments, backend)
+        # the dtypes are the caller's: the functions have cast under autocast already
+        with torch._C._DisableAutocast():
+            result = function(*arguments)
+        if written and function is not getattr(reference, name):
+            # torch's own ops do this themselves; autograd finds overwritten tensors by it
+            tensors = [arguments[i] for i in written if i < len(arguments) and arguments[i] is not None]
+            torch.autograd.graph.increment_version(tensors)
+        return result
 
     return implementation
 
 
 def _fake(name: str) -> Callable[..., Any]:
     def fake(*arguments: Any, backend: str | None = None) -> Any:
-        return getattr(reference, name)(*arguments)
+        with torch._C._DisableAutocast():
+            return getattr(reference, name)(*arguments)
 
     return fake
 

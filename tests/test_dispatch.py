@@ -133,6 +133,8 @@ def test_a_forced_backend_reaches_every_op_of_forward_and_backward(name):
         layer = {name: tensor.unsqueeze(-1) for name, tensor in layer.items()}
     if "linear" in name:
         layer = dict.fromkeys(layer, rand(2, 2))
+    if "many" in name:
+        layer["masks"] = layer.pop("mask").unsqueeze(0)
     arguments = {
         "effective_weight": {"weight": rand(2), "mask": rand(2)},
         "masked_batch_norm": {**dict.fromkeys(("weight", "mask"), rand(2)), "input": rand(3, 2), "training": True},

@@ -13,6 +13,7 @@ from maskops.functional import clip_mask_, effective_weight
 
 GRANULARITIES = {"weight": (6, 4, 3), "kernel": (6, 4, 1), "neuron": (6, 1, 1), "number": (), "column": (3,)}
 GEOMETRY = ([2, 1], [1, 0], [1, 1], False, [0, 0], 2)
+GEOMETRY_2D = ([2, 1], [1, 0], [1, 1], 2)
 TRANSPOSED = ([2, 2], [1, 1], [1, 1], True, [1, 0], 2)
 
 
@@ -32,6 +33,8 @@ def op_arguments():
     layers = table, table.flatten().tolist()
     images, pool = rand(1, 2, 6, 6), ([2, 2], [2, 2], [0, 0], [1, 1])
     stored = (255 * torch.rand(4, 2, 3, 5, device=DEVICE)).byte().to(memory_format=torch.channels_last)
+    many, many_grad = (rand(*conv), rand(3, *conv), rand(3, 6, 1, 1, 1)), rand(3, 2, 6, 3, 3)
+    many_linear = rand(*linear), rand(2, 3, 1), rand(2, *linear)
     index, trigger = torch.tensor([3, 0, 3], device=DEVICE), rand(1, 2, 3, 5)
     return {
         "effective_weight": [(*layer(linear), torch.float32), (*layer(linear, noise=False), torch.bfloat16)],
@@ -74,6 +77,20 @@ def op_arguments():
         "dual_masked_linear_backward": [
             (rand(5, 3), rand(5, 3), rows, rows + 1, False, *layer(linear), rows.shape, [True] * 6),
             (rand(5, 3), None, rows, None, True, *layer(linear), rows.shape, [False, False, False, True, False, True]),
+        ],
+        "many_masked_conv": [
+            (torch.stack([x, two, x]), *many, rand(6), *GEOMETRY_2D),
+            (x.to(memory_format=torch.channels_last), many[0], many[1], None, None, *GEOMETRY_2D),
+        ],
+        "many_masked_conv_backward": [
+            (many_grad, torch.stack([x, two, x]), *many, (3, *x.shape), *GEOMETRY_2D, [True] * 5),
+            (many_grad, x, *many, x.shape, *GEOMETRY_2D, [True] * 5),
+            (many_grad, None, *many, x.shape, *GEOMETRY_2D, [True, False, False, False, True]),
+        ],
+        "many_masked_linear": [(rand(2, 5, 4), *many_linear, rand(3)), (rows, *many_linear[:2], None, None)],
+        "many_masked_linear_backward": [
+            (rand(2, 5, 3), rand(2, 5, 4), *many_linear, (2, 5, 4), [True] * 5),
+            (rand(2, 5, 3), rows, *many_linear, rows.shape, [True, False, True, False, False]),
         ],
         "rescale_to_l1_ball": [(rows, 1.0), (rows, 0.0)],
         "project_onto_l1_ball": [(rows, 1.0), (rows, 0.0)],

@@ -17,6 +17,8 @@ from maskops.functional import (
     dual_masked_conv2d,
     dual_masked_linear,
     effective_weight,
+    many_masked_conv2d,
+    many_masked_linear,
     masked_batch_norm,
     masked_conv1d,
     masked_conv2d,
@@ -49,6 +51,19 @@ def layer(input, weight, mask=None, bias=None, perturbed=False):
     return shapes | ({"perturbed_input": input} if perturbed else {})
 
 
+def many(input, weight, mask=None):
+    """Two masks, with inputs of their own or with one."""
+    factors = dict.fromkeys(("masks", "noise"), (2, *(mask or weight)))
+    return {"input": input, "weight": weight, **factors, "bias": weight[:1]}
+
+
+def plain_many(layer, input, masks, noise, **others):
+    inputs = input if input.dim() > others["weight"].dim() else [input] * len(masks)
+    return torch.stack(
+        [plain_layer(layer, input=x, mask=m, noise=n, **others) for x, m, n in zip(inputs, masks, noise, strict=True)]
+    )
+
+
 def norm(input, channels=3):
     return {"input": input} | dict.fromkeys(("weight", "mask", "noise", "bias", "noise_bias"), (channels,))
 
@@ -75,6 +90,10 @@ CASES = {
     "dual_masked_conv2d of two": (dual_masked_conv2d, layer((2, 2, 3, 3), (3, 2, 2, 2), None, (3,), True)),
     "dual_masked_linear": (dual_masked_linear, layer((4, 3), (2, 3), (2, 1), (2,))),
     "dual_masked_linear of two": (dual_masked_linear, layer((4, 3), (2, 3), None, (2,), True)),
+    "many_masked_conv2d": (partial(many_masked_conv2d, **SAME), many((2, 2, 4, 3, 3), (2, 2, 2, 3), (2, 2, 1, 1))),
+    "many_masked_conv2d of one": (many_masked_conv2d, many((1, 2, 3, 3), (3, 2, 2, 2))),
+    "many_masked_linear": (many_masked_linear, many((2, 4, 3), (2, 3), (2, 1))),
+    "many_masked_linear of one": (many_masked_linear, many((4, 3), (2, 3))),
     "masked_batch_norm train": (partial(batch_norm, True), norm((5, 3, 2))),
     "masked_batch_norm eval": (partial(batch_norm, False), norm((4, 3))),
     "masked_layer_norm": (layer_norm, norm((4, 3))),
@@ -188,6 +207,9 @@ def autocast_plain(case):
     layers |= {"masked_conv_transpose2d": F.conv_transpose2d}
     duals = {"dual_masked_conv2d": F.conv2d, "dual_masked_conv2d of two": F.conv2d}
     duals |= {"dual_masked_linear": F.linear, "dual_masked_linear of two": F.linear}
+    if case.startswith("many"):
+        layer = F.linear if "linear" in case else F.conv2d
+        return partial(plain_many, layer, **getattr(CASES[case][0], "keywords", {}))
     if case in layers:
         return partial(plain_layer, layers[case], **getattr(CASES[case][0], "keywords", {}))
     return partial(plain_dual, duals[case], **getattr(CASES[case][0], "keywords", {}))

@@ -28,9 +28,10 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a floating dtype; got {tensor.dtype}")
 
 
-def check_factor(op: str, name: str, factor: Tensor, of: str, parameter: Tensor) -> None:
+def check_factor(op: str, name: str, factor: Tensor, of: str, parameter: Tensor, *, bytes_too: bool = False) -> None:
     """A factor is floating and broadcasts to its parameter (of the name ``of``) without enlarging it, on its device."""
-    check_floating(op, name, factor)
+    if not (bytes_too and factor.dtype == torch.uint8):
+        check_floating(op, name, factor)
     if factor.device != parameter.device:
         raise ValueError(f"{op}: {name} must be on the {of}'s device {parameter.device}; got {factor.device}")
     if not broadcasts(factor, parameter):
@@ -40,7 +41,7 @@ def check_factor(op: str, name: str, factor: Tensor, of: str, parameter: Tensor)
 def check_weight(op: str, weight: Tensor, mask: Tensor, noise: Tensor | None) -> None:
     """What every effective weight asks of its factors."""
     check_floating(op, "weight", weight)
-    check_factor(op, "mask", mask, "weight", weight)
+    check_factor(op, "mask", mask, "weight", weight, bytes_too=True)
     if noise is not None:
         check_factor(op, "noise", noise, "weight", weight)
 

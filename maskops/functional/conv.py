@@ -58,8 +58,9 @@ def masked_conv2d(
 
     input:     (N, C, H, W) or (C, H, W) float64, float32, float16 or bfloat16; its dtype is the dtype of computation
     weight:    (O, C / groups, R, S) of the input's dtype, or either 16-bit and the other float32
-    mask:      broadcastable to weight, any floating dtype: (O, C / groups, R, S) per weight, (O, C / groups, 1, 1) per
-               kernel, (O, 1, 1, 1) per neuron; so noise, or None
+    mask:      broadcastable to weight: (O, C / groups, R, S) per weight, (O, C / groups, 1, 1) per kernel, (O, 1, 1, 1)
+               per neuron; any floating dtype, or uint8 in steps of 1/255, which then has no gradient
+    noise:     broadcastable to weight, any floating dtype, or None
     bias:      (O,) or None; not masked; its dtype may differ from the input's as the weight's may
     stride, padding, dilation, groups: as in torch, with padding also ``"same"`` and ``"valid"``
     backend:   None for the first usable of cuda, triton, reference; see :func:`maskops.explain`

@@ -21,7 +21,9 @@ def masked_linear(
 
     input:     (*, I) float64, float32, float16 or bfloat16; its dtype is the dtype of computation
     weight:    (O, I) of the input's dtype, or either 16-bit and the other float32
-    mask:      broadcastable to weight, any floating dtype: (O, I) per weight, (O, 1) per neuron; so noise, or None
+    mask:      broadcastable to weight: (O, I) per weight, (O, 1) per neuron; any floating dtype, or uint8 in steps of
+               1/255, which then has no gradient
+    noise:     broadcastable to weight, any floating dtype, or None
     bias:      (O,) or None; not masked; its dtype may differ from the input's as the weight's may
     backend:   None for the first usable of cuda, triton, reference; see :func:`maskops.explain`
     returns:   (*, O) in the input's dtype; under autocast in autocast's

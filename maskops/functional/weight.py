@@ -22,7 +22,7 @@ def effective_weight(
     The product is taken in the widest dtype of its factors and rounded once to ``dtype``.
 
     weight:    (*) float64, float32, float16 or bfloat16
-    mask:      broadcastable to weight, any floating dtype
+    mask:      broadcastable to weight, any floating dtype, or uint8 in steps of 1/255, which then has no gradient
     noise:     broadcastable to weight, any floating dtype, or None
     dtype:     dtype of the result; the weight's by default
     backend:   None for the first usable of cuda, triton, reference; see :func:`maskops.explain`

@@ -18,6 +18,12 @@ from maskops.backends.reference.layers import (
     masked_linear,
     masked_linear_backward,
 )
+from maskops.backends.reference.many import (
+    many_masked_conv,
+    many_masked_conv_backward,
+    many_masked_linear,
+    many_masked_linear_backward,
+)
 from maskops.backends.reference.mask_step import mask_adam_step_, mask_sgd_step_, noise_step_
 from maskops.backends.reference.sign_bits import (
     max_pool_winners,
@@ -37,6 +43,10 @@ __all__ = [
     "dual_masked_linear_backward",
     "effective_weight",
     "effective_weight_backward",
+    "many_masked_conv",
+    "many_masked_conv_backward",
+    "many_masked_linear",
+    "many_masked_linear_backward",
     "mask_adam_step_",
     "mask_sgd_step_",
     "masked_conv",

@@ -18,8 +18,17 @@ aten = torch.ops.aten
 
 def effective_weight(weight: Tensor, mask: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``weight * mask``, or ``weight * (mask + noise)``."""
-    factor = mask if noise is None else mask + noise
-    return (weight * factor).to(dtype)
+    return (weight * _factor(mask, noise)).to(dtype)
+
+
+def _factor(mask: Tensor, noise: Tensor | None) -> Tensor:
+    mask = mask_value(mask)
+    return mask if noise is None else mask + noise
+
+
+def mask_value(mask: Tensor) -> Tensor:
+    """The mask; one of bytes, which count in steps of 1/255, as float32."""
+    return mask.float() / 255 if mask.dtype == torch.uint8 else mask
 
 
 def effective_weight_backward(
@@ -31,7 +40,7 @@ def effective_weight_backward(
     grad = grad.to(reduce(torch.promote_types, [t.dtype for t in (grad, weight, mask, noise) if t is not None]))
     grads = []
     if need_weight:
-        grads.append((grad * (mask if noise is None else mask + noise)).to(weight.dtype))
+        grads.append((grad * _factor(mask, noise)).to(weight.dtype))
     # a product each, because no two outputs of an op may share their memory
     for factor, need in ((mask, need_mask), (noise, need_noise)):
         if need:

@@ -14,6 +14,12 @@ from maskops.backends.triton.layers import (
     masked_linear,
     masked_linear_backward,
 )
+from maskops.backends.triton.many import (
+    many_masked_conv,
+    many_masked_conv_backward,
+    many_masked_linear,
+    many_masked_linear_backward,
+)
 from maskops.backends.triton.mask_step import mask_adam_step_, mask_sgd_step_, noise_step_
 from maskops.backends.triton.max_pool import max_pool_winners, max_pool_winners_backward
 from maskops.backends.triton.serving import describe, unless_asked, why_not
@@ -31,6 +37,10 @@ __all__ = [
     "dual_masked_linear_backward",
     "effective_weight",
     "effective_weight_backward",
+    "many_masked_conv",
+    "many_masked_conv_backward",
+    "many_masked_linear",
+    "many_masked_linear_backward",
     "mask_adam_step_",
     "mask_sgd_step_",
     "masked_conv",

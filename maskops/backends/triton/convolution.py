@@ -225,16 +225,17 @@ def _taps(place, stride, dilation, TAPS: tl.constexpr):
 
 @triton.jit
 def conv_weight_grad(
-    total_parts, perturbed_parts, grad, perturbed_grad, input, perturbed_input,
-    grad_strides, input_strides, images, rows, columns, input_rows, input_columns, group_out, group_in,
+    total_parts, perturbed_parts, grad, perturbed_grad, input, perturbed_input, weight,
+    grad_strides, input_strides, weight_strides, images, rows, columns, input_rows, input_columns, group_out, group_in,
     stride, padding, dilation, part_pixels, part_size,
     R: tl.constexpr, S: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, TWO: tl.constexpr,
-    ONE_INPUT: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_INPUT: tl.constexpr, SEPARATE: tl.constexpr, PER_NEURON: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Tiles of (output channels, taps·C), each over ``part_pixels`` pixels; laid out (part, out, row, column, in).
 
-    SEPARATE keeps the second branch's gradient apart; the total over both is then first + second.
+    SEPARATE keeps the second branch's gradient apart; the total over both is then first + second. PER_NEURON multiplies
+    each tile by θ and sums its rows: then the parts are laid out (part, tile, out).
     """
     group = tl.program_id(1)
     part = tl.program_id(2)
@@ -287,10 +288,21 @@ def conv_weight_grad(
             else:
                 total = tl.dot(incoming, patch, total, input_precision=PRECISION)
 
-    at = part.to(tl.int64) * part_size + (group * group_out + out).to(tl.int64)[:, None] * (R * S * group_in)
-    at += (tap * group_in + channel)[None, :]
     real = real_out[:, None] & real_k[None, :]
-    if SEPARATE:
-        tl.store(perturbed_parts + at, perturbed_total, mask=real)
-        total += perturbed_total
-    tl.store(total_parts + at, total, mask=real)
+    if PER_NEURON:
+        row = (part * tl.cdiv(tl.num_programs(0), out_tiles) + tile).to(tl.int64) * tl.num_programs(1) * group_out
+        at = row + group * group_out + out
+        at_weight = (channel * weight_strides[1] + tap // S * weight_strides[2] + tap % S * weight_strides[3])[None, :]
+        at_weight += (group * group_out + out).to(tl.int64)[:, None] * weight_strides[0]
+        value = tl.load(weight + at_weight, mask=real, other=0).to(tl.float32)
+        if SEPARATE:
+            tl.store(perturbed_parts + at, tl.sum(perturbed_total * value, 1), mask=real_out)
+            total += perturbed_total
+        tl.store(total_parts + at, tl.sum(total * value, 1), mask=real_out)
+    else:
+        at = part.to(tl.int64) * part_size + (group * group_out + out).to(tl.int64)[:, None] * (R * S * group_in)
+        at += (tap * group_in + channel)[None, :]
+        if SEPARATE:
+            tl.store(perturbed_parts + at, perturbed_total, mask=real)
+            total += perturbed_total
+        tl.store(total_parts + at, total, mask=real)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskops.backends.triton import tuning
 from maskops.backends.triton._launch import cdiv, run
-from maskops.backends.triton.blocks import Blocks, blocks, occupy, processors, variants
+from maskops.backends.triton.blocks import Blocks, blocks, kind_of_product, occupy, processors, variants
 from maskops.backends.triton.convolution import conv_forward, conv_input_grad, conv_weight_grad
 
 Result = TypeVar("Result")
@@ -47,13 +47,35 @@ class Layer(NamedTuple):
     @property
     def per_neuron(self) -> bool:
         """Whether mask and noise are one number per neuron, at most."""
-        factors = [self.mask] if self.noise is None else [self.mask, self.noise]
-        return all(not any(factor.stride()[1:]) for factor in factors)
+        return not any(any(factor[1:]) for factor in self.steps()[1:])
 
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """The strides of weight, mask and noise, as the kernels take them."""
-        noise_strides = (0, 0, 0, 0) if self.noise is None else self.noise.stride()
-        return self.weight.stride(), self.mask.stride(), noise_strides
+    @property
+    def entry_bytes(self) -> int:
+        """What a kernel loads for each weight: the weight, and of the factors what isn't one number per neuron."""
+        factors = [self.weight] if self.per_neuron else [factor for factor in self[:3] if factor is not None]
+        return sum(factor.element_size() for factor in factors)
+
+    def steps(self) -> tuple[tuple[int, ...], ...]:
+        """The steps of weight, mask and noise, as the kernels take them."""
+        return tuple((0, 0, 0, 0) if factor is None else steps(factor) for factor in self[:3])
+
+
+def steps(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's strides, 0 in dimensions of one entry: torch has anything there, which would hide the alignment."""
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def in_a_row(vector: Tensor | None) -> Tensor | None:
+    """One number per channel, neighbours in memory."""
+    return None if vector is None else vector.contiguous()
+
+
+def are_wide(*tensors: Tensor) -> bool:
+    """Whether channels are neighbours in memory, in rows that start at multiples of sixteen."""
+    for image, channel, row, column in map(steps, tensors):
+        if channel != 1 or image % 16 or row % 16 or column % 16:
+            return False
+    return True
 
 
 class Epilogue(NamedTuple):
@@ -80,16 +102,17 @@ def forward(
     out, channels, r, s = layer.weight.shape
     group_out, pixels = out // layer.groups, images * rows * columns
     two = len(outputs) == 2
+    bias, scale, shift = (in_a_row(vector) for vector in (bias, epilogue.scale, epilogue.shift))
     flat = channels < _FEW_CHANNELS and r * s > 1
-    device = inputs[0].device
+    device, kind = inputs[0].device, kind_of_product(inputs[0].dtype, layer.precision)
 
     def start(tile: Blocks) -> None:
         run(
             conv_forward,
             (cdiv(group_out, tile.left) * cdiv(pixels, tile.right), layer.groups),
             *(outputs[0], outputs[-1], inputs[0], inputs[-1]),
-            *(layer.weight, layer.mask, layer.noise, bias, *epilogue[:4]),
-            *(outputs[0].stride(), inputs[0].stride(), *layer.strides()),
+            *(layer.weight, layer.mask, layer.noise, bias, scale, shift, epilogue.residual, epilogue.bits),
+            *(steps(outputs[0]), steps(inputs[0]), *layer.steps()),
             *(images, rows, columns, *inputs[0].shape[2:], group_out, channels),
             *(layer.stride, layer.padding, layer.dilation),
             *(r, s, layer.pointwise, flat, layer.per_neuron, two, inputs[0] is inputs[-1]),
@@ -98,7 +121,10 @@ def forward(
             num_stages=tile.stages,
         )
 
-    tile = blocks(group_out, pixels, channels * (r * s if flat else 1), inputs[0].dtype, len(outputs), device)
+    sizes = (group_out, pixels, channels * (r * s if flat else 1))
+    entry_bytes = (layer.entry_bytes, inputs[0].element_size() * (1 if inputs[0] is inputs[-1] else 2))
+    scattered = flat or not are_wide(inputs[0], layer.weight)
+    tile = blocks(sizes, entry_bytes, kind, len(outputs), device, scattered)
     _start(start, occupy(tile, out, pixels, device), "forward", outputs, inputs, layer)
 
 
@@ -108,17 +134,18 @@ def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bia
     input_rows, input_columns = grad_inputs[0].shape[2:]
     out, channels, r, s = layer.weight.shape
     group_out = out // layer.groups
+    bias = in_a_row(bias)
     phases = math.prod(layer.stride)
     pixels = images * cdiv(input_rows, layer.stride[0]) * cdiv(input_columns, layer.stride[1])
     tap_step = tuple(step // math.gcd(step, gap) for step, gap in zip(layer.stride, layer.dilation, strict=True))
-    device = grads[0].device
+    device, kind = grads[0].device, kind_of_product(grads[0].dtype, layer.precision)
 
     def start(tile: Blocks) -> None:
         run(
             conv_input_grad,
             (cdiv(channels, tile.left) * cdiv(pixels, tile.right), layer.groups, phases),
             *(grad_inputs[0], grad_inputs[-1], grads[0], grads[-1], layer.weight, layer.mask, layer.noise, bias),
-            *(grad_inputs[0].stride(), grads[0].stride(), *layer.strides()),
+            *(steps(grad_inputs[0]), steps(grads[0]), *layer.steps()),
             *(images, rows, columns, input_rows, input_columns, group_out, channels),
             *(layer.stride, layer.padding, layer.dilation, tap_step),
             *(r, s, layer.pointwise, layer.per_neuron, len(grads) == 2, len(grad_inputs) == 1, layer.precision),
@@ -127,46 +154,56 @@ def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bia
             num_stages=tile.stages,
         )
 
-    tile = blocks(channels, pixels, group_out, grads[0].dtype, len(grads), device)
+    entry_bytes = (layer.entry_bytes, grads[0].element_size() * len(grads))
+    scattered = phases > 1 or not are_wide(grads[0], layer.weight)
+    tile = blocks((channels, pixels, group_out), entry_bytes, kind, len(grads), device, scattered)
     tile = occupy(tile, layer.groups * channels, phases * pixels, device)
     _start(start, tile, "input gradient", grad_inputs, grads, layer)
 
 
 def weight_grad(
-    grads: list[Tensor], inputs: list[Tensor], layer: Layer, separate: bool
+    grads: list[Tensor], inputs: list[Tensor], layer: Layer, separate: bool, per_neuron: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Parts (parts, O, C / groups, R, S) in float32 whose sums are the gradient of the effective weight.
 
     The first are those of the total over the branches; ``separate``: the second are those of the second branch alone.
+    per_neuron: parts (parts, O) instead, whose sums are the gradient of one mask per neuron
     """
     images, _, rows, columns = grads[0].shape
     out, channels, r, s = layer.weight.shape
     group_out, pixels = out // layer.groups, images * rows * columns
     flat = channels < _FEW_CHANNELS and r * s > 1
     taps, width = (1, channels * r * s) if flat else (r * s, channels)
-    device = grads[0].device
+    device, kind = grads[0].device, kind_of_product(grads[0].dtype, layer.precision)
 
     def start(tile: Blocks) -> tuple[Tensor, Tensor | None]:
         tiles = cdiv(group_out, tile.left) * taps * cdiv(width, tile.right)
         part_pixels = _part_pixels(pixels, tiles * layer.groups, tile.inner, layer.weight.numel(), device)
         parts = max(1, cdiv(pixels, part_pixels))
-        total = torch.empty((parts, out, r, s, channels), dtype=torch.float32, device=device)
+        shape = (parts * tiles // cdiv(group_out, tile.left), out) if per_neuron else (parts, out, r, s, channels)
+        total = torch.empty(shape, dtype=torch.float32, device=device)
         perturbed = torch.empty_like(total) if separate else None
         run(
             conv_weight_grad,
             (tiles, layer.groups, parts),
-            *(total, perturbed, grads[0], grads[-1], inputs[0], inputs[-1], grads[0].stride(), inputs[0].stride()),
+            *(total, perturbed, grads[0], grads[-1], inputs[0], inputs[-1], layer.weight),
+            *(steps(grads[0]), steps(inputs[0]), steps(layer.weight)),
             *(images, rows, columns, *inputs[0].shape[2:], group_out, channels),
             *(layer.stride, layer.padding, layer.dilation, part_pixels, layer.weight.numel()),
-            *(r, s, layer.pointwise, flat, len(grads) == 2, inputs[0] is inputs[-1], separate, layer.precision),
-            *(tile.left, tile.right, tile.inner),
+            *(r, s, layer.pointwise, flat, len(grads) == 2, inputs[0] is inputs[-1]),
+            *(separate, per_neuron, layer.precision, tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        return total.permute(0, 1, 4, 2, 3), None if perturbed is None else perturbed.permute(0, 1, 4, 2, 3)
+        return total, perturbed
 
-    tile = blocks(group_out, width, pixels, grads[0].dtype, 2 if separate else 1, device)
-    return _start(start, tile, f"weight gradient {separate}", grads, inputs, layer)
+    entry_bytes = (2 * grads[0].element_size() * len(grads), inputs[0].element_size() * len(inputs))
+    scattered = flat or layer.stride != (1, 1) or not are_wide(grads[0], inputs[0])
+    tile = blocks((group_out, width, pixels), entry_bytes, kind, 2 if separate else 1, device, scattered)
+    found = _start(start, tile, f"weight gradient {separate} {per_neuron}", grads, inputs, layer)
+    if per_neuron:
+        return found
+    return tuple(None if parts is None else parts.permute(0, 1, 4, 2, 3) for parts in found)
 
 
 def _part_pixels(pixels: int, tiles: int, block: int, weights: int, device: torch.device) -> int:

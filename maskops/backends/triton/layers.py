@@ -190,7 +190,7 @@ def _images(op: _Op, activations: list[Tensor | None]) -> list[Tensor]:
 
 
 def _alike(tensors: list[Tensor]) -> bool:
-    return tensors[0].stride() == tensors[-1].stride()
+    return dense.steps(tensors[0]) == dense.steps(tensors[-1])
 
 
 def _write(op: _Op, targets: list[Tensor], sources: list[Tensor], bias: Tensor | None) -> None:
@@ -259,20 +259,41 @@ def _other_grads(op: _Op, made: dict[str, Tensor], grads: list[Tensor], inputs: 
         if not _alike(sources):
             sources = [source.contiguous() for source in sources]
         separate = len(grads) == 2 and op.noise is not None and ("noise" in made or "weight" in made)
-        parts = _weight_grad(op, grads, sources, separate)
-        total, perturbed = (None if part is None else part.reshape(part.shape[0], *op.weight.shape) for part in parts)
-        factor_grads = [made[name] for name in names if name in made]
-        perturbed = perturbed if separate else total
-        write_factor_grads(factor_grads, total, perturbed, op.weight, op.mask, op.noise, needs)
+        neurons = [made[name] for name in ("mask", "noise") if name in made]
+        if "weight" not in made and not op.depthwise and all(_is_per_neuron(grad, op.weight) for grad in neurons):
+            _write_neurons(op, made, grads, sources, separate)
+        else:
+            total, perturbed = _weight_grad(op, grads, sources, separate)
+            factor_grads = [made[name] for name in names if name in made]
+            perturbed = perturbed if separate else total
+            write_factor_grads(factor_grads, total, perturbed, op.weight, op.mask, op.noise, needs)
     if "bias" in made:
         sums = [grad.sum((0, 2, 3), dtype=torch.float32) for grad in grads]
         made["bias"].copy_(sum(sums))
 
 
+def _is_per_neuron(factor_grad: Tensor, weight: Tensor) -> bool:
+    return factor_grad.shape == (weight.shape[0], *(1,) * (weight.dim() - 1))
+
+
+def _write_neurons(
+    op: _Op, made: dict[str, Tensor], grads: list[Tensor], sources: list[Tensor], separate: bool
+) -> None:
+    """The gradients of masks and noise of one number per neuron: the gradient of the weight is never in memory."""
+    branches = (sources, grads) if op.layer.transposed else (grads, sources)
+    total, perturbed = dense.weight_grad(*branches, op.layer, separate, per_neuron=True)
+    for name, parts in (("mask", total), ("noise", perturbed if separate else total)):
+        if name in made:
+            made[name].copy_(parts.sum(0).view(made[name].shape))
+
+
 def _weight_grad(op, grads, sources, separate) -> tuple[Tensor, Tensor | None]:
+    """Parts of the weight's gradient, in its number of dimensions."""
     layer = op.layer
     if op.depthwise:
-        return depthwise.weight_grad(grads, sources, layer.weight.shape, *layer[3:6], separate)
-    if layer.transposed:
-        return dense.weight_grad(sources, grads, layer, separate)
-    return dense.weight_grad(grads, sources, layer, separate)
+        found = depthwise.weight_grad(grads, sources, layer.weight.shape, *layer[3:6], separate)
+    elif layer.transposed:
+        found = dense.weight_grad(sources, grads, layer, separate)
+    else:
+        found = dense.weight_grad(grads, sources, layer, separate)
+    return tuple(parts if parts is None else parts.reshape(parts.shape[0], *op.weight.shape) for parts in found)

@@ -25,8 +25,6 @@ def trigger_step_(
 
     One launch; two where there is a radius and the trigger is large or the gradients are many.
     """
-    # what a kernel writes, autograd doesn't see
-    torch.autograd.graph.increment_version(trigger)
     entries, batch = trigger.numel(), len(grad)
     sizes, trigger_strides, grad_strides = collapse(
         tuple(grad.shape[1:]), trigger.stride()[-3:], tuple(grad.stride()[1:])
