@@ -28,7 +28,7 @@ def _load(backend: str) -> ModuleType | str:
         if error.name == name:
             return f"this installation has no {backend} backend"
         return f"the {backend} backend needs {error.name}, which is not installed"
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return f"the {backend} backend failed to load: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 

@@ -22,6 +22,7 @@ from maskops.functional import (
     masked_batch_norm,
     masked_conv1d,
     masked_conv2d,
+    masked_conv2d_relu,
     masked_conv3d,
     masked_conv_transpose2d,
     masked_layer_norm,
@@ -64,6 +65,17 @@ def plain_many(layer, input, masks, noise, **others):
     )
 
 
+def conv_block(input, weight, mask, noise, bias, residual):
+    scale = torch.tensor([0.5, 2.0], dtype=weight.dtype, device=weight.device)
+    return masked_conv2d_relu(input, weight, mask, bias, noise=noise, scale=scale, shift=-scale, residual=residual)
+
+
+def plain_block(input, residual, **layer):
+    output = plain_layer(F.conv2d, input, **layer)
+    scale = torch.tensor([0.5, 2.0], dtype=output.dtype, device=output.device).view(-1, 1, 1)
+    return (output * scale - scale + residual).to(output.dtype).relu()
+
+
 def norm(input, channels=3):
     return {"input": input} | dict.fromkeys(("weight", "mask", "noise", "bias", "noise_bias"), (channels,))
 
@@ -80,6 +92,10 @@ CASES = {
     "masked_conv1d": (partial(masked_conv1d, stride=2, padding=1), layer((2, 2, 5), (3, 2, 3), bias=(3,))),
     "masked_conv2d": (partial(masked_conv2d, **SAME), layer((2, 4, 3, 3), (2, 2, 2, 3), (2, 2, 1, 1), (2,))),
     "masked_conv2d of an image": (masked_conv2d, layer((2, 4, 4), (3, 2, 3, 3), (3, 1, 1, 1))),
+    "masked_conv2d_relu": (
+        conv_block,
+        layer((2, 2, 4, 3), (2, 2, 2, 2), (2, 1, 1, 1), (2,)) | {"residual": (2, 2, 3, 2)},
+    ),
     "masked_conv3d": (masked_conv3d, layer((1, 2, 3, 3, 3), (2, 2, 2, 2, 2), bias=(2,))),
     "masked_conv_transpose2d": (
         partial(masked_conv_transpose2d, **TRANSPOSED),
@@ -207,6 +223,8 @@ def autocast_plain(case):
     layers |= {"masked_conv_transpose2d": F.conv_transpose2d}
     duals = {"dual_masked_conv2d": F.conv2d, "dual_masked_conv2d of two": F.conv2d}
     duals |= {"dual_masked_linear": F.linear, "dual_masked_linear of two": F.linear}
+    if case == "masked_conv2d_relu":
+        return plain_block
     if case.startswith("many"):
         layer = F.linear if "linear" in case else F.conv2d
         return partial(plain_many, layer, **getattr(CASES[case][0], "keywords", {}))

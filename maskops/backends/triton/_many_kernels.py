@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskops.backends.triton.convolution import _factors, _taps
+from maskops.backends.triton.convolution import _factors, _taps, effective_tile
 
 
 @triton.jit
@@ -75,15 +75,16 @@ def many_forward(
         for m in tl.static_range(products):
             j = (first + m).to(tl.int64)
             there = first + m < count
-            effective = value
+            factor = tl.full((1, 1), 1.0, tl.float32)
             if not PER_NEURON:
-                effective = value * _factor(
+                factor = _factor(
                     masks, noise, j, apart, out_at[:, None], channel[None, :], r, s, mask_strides, noise_strides,
                     real_weight & there,
                 )  # fmt: skip
             if not SHARED:
                 patch = tl.load(input + j * apart[1] + at_input, mask=real_input & there, other=0)
-            sums += (tl.dot(effective.to(kind), patch, totals[m], input_precision=PRECISION),)
+            effective = effective_tile(value, factor, kind, PRECISION)
+            sums += (tl.dot(effective, patch, totals[m], input_precision=PRECISION),)
         totals = sums
 
     pixel_at = image * output_strides[0] + row * output_strides[2] + column * output_strides[3]
@@ -174,7 +175,8 @@ def many_input_grad(
             incoming = tl.load(grad + j * apart[1] + at_grad, mask=real & there, other=0)
             if not SHARED:
                 total = totals[m]
-            total = tl.dot((value * factor).to(kind), incoming, total, input_precision=PRECISION)
+            effective = effective_tile(value, factor, kind, PRECISION)
+            total = tl.dot(effective, incoming, total, input_precision=PRECISION)
             if not SHARED:
                 sums += (total,)
         totals = (total,) if SHARED else sums

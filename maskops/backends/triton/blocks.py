@@ -77,7 +77,9 @@ def blocks(
     """
     left, right, inner = sizes
     tile = table_entry(capability(device), kind, branches)
-    if scattered and kind != "ieee":
+    if scattered and kind == "ieee":
+        tile = Blocks(32, min(tile.right, 64), 16, 4, 2)
+    elif scattered:
         tile = Blocks(min(tile.left, 64), min(tile.right, 64), min(tile.inner, 32), 8, tile.stages)
     tile = _resized(tile, power_of_two(left, 16, tile.left), power_of_two(right, 16, tile.right))
     tile = tile._replace(inner=power_of_two(inner, 16, tile.inner))
@@ -93,14 +95,16 @@ def shared_bytes(tile: Blocks, entry_bytes: tuple[int, int]) -> int:
     return tile.inner * (left + right)
 
 
-def variants(tile: Blocks) -> list[Blocks]:
-    """The tile, and others that may be faster on a device or shape that the table knows little of."""
+def variants(tile: Blocks, entry_bytes: tuple[int, int], device: torch.device) -> list[Blocks]:
+    """The tile, and others that fit and may be faster on a device or shape that the table knows little of."""
     half_left = _resized(tile, max(tile.left // 2, 16), tile.right)
     half_right = _resized(tile, tile.left, max(tile.right // 2, 16))
     deeper = [tile._replace(inner=inner) for inner in (tile.inner * 2, max(tile.inner // 2, 16))]
     staged = [tile._replace(stages=stages) for stages in (tile.stages - 1, tile.stages + 1)]
     spread = tile._replace(warps=8 if tile.warps == 4 else 4)
-    return list(dict.fromkeys([tile, half_left, half_right, *deeper, *staged, spread]))
+    others = [half_left, half_right, *deeper, *staged, spread]
+    room = _SHARED[_known(capability(device))]
+    return list(dict.fromkeys([tile, *(other for other in others if shared_bytes(other, entry_bytes) <= room)]))
 
 
 def occupy(tile: Blocks, left: int, right: int, device: torch.device) -> Blocks:

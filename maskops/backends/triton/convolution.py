@@ -34,6 +34,16 @@ def _factors(mask, noise, row, column, r, s, mask_strides, noise_strides, inside
 
 
 @triton.jit
+def effective_tile(value, factor, kind: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile of effective weights as the matrix unit takes it: rounded once, also to TF32, which it would cut off."""
+    tile = value * factor
+    if kind == tl.float32 and PRECISION == "tf32":
+        rounded = ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        tile = tl.where(tile == tile, rounded, tile)  # the sum would turn some NaN into zero
+    return tile.to(kind)
+
+
+@triton.jit
 def conv_forward(
     output, perturbed_output, input, perturbed_input, weight, mask, noise, bias, scale, shift, residual, bits,
     output_strides, input_strides, weight_strides, mask_strides, noise_strides,
@@ -86,18 +96,19 @@ def conv_forward(
             clean, perturbed = _factors(
                 mask, noise, out_at[:, None], channel[None, :], r, s, mask_strides, noise_strides, real_weight, TWO
             )
-        at = corner[None, :] + (channel * input_strides[1])[:, None]
+        at = corner[None, :] + (channel.to(tl.int64) * input_strides[1])[:, None]
         real_input = real_k[:, None] & real_pixel[None, :]
         if not POINTWISE:
             below, across = top[None, :] + down, left[None, :] + right
             real_input &= (below >= 0) & (below < input_rows) & (across >= 0) & (across < input_columns)
             at += down * input_strides[2] + right * input_strides[3]
         patch = tl.load(input + at, mask=real_input, other=0)
-        total = tl.dot((value * clean).to(kind), patch, total, input_precision=PRECISION)
+        total = tl.dot(effective_tile(value, clean, kind, PRECISION), patch, total, input_precision=PRECISION)
         if TWO:
             if not ONE_INPUT:
                 patch = tl.load(perturbed_input + at, mask=real_input, other=0)
-            perturbed_total = tl.dot((value * perturbed).to(kind), patch, perturbed_total, input_precision=PRECISION)
+            effective = effective_tile(value, perturbed, kind, PRECISION)
+            perturbed_total = tl.dot(effective, patch, perturbed_total, input_precision=PRECISION)
 
     if bias is not None:
         offset = tl.load(bias + out_at, mask=real_out, other=0).to(tl.float32)[:, None]
@@ -186,13 +197,13 @@ def conv_input_grad(
             from_row, from_column = below // stride[0], across // stride[1]
             real_grad = (below >= 0) & (from_row < rows) & (across >= 0) & (from_column < columns) & real_pixel
         at_grad = image_at + from_row * grad_strides[2] + from_column * grad_strides[3]
-        at_grad = at_grad[None, :] + (out * grad_strides[1])[:, None]
+        at_grad = at_grad[None, :] + (out.to(tl.int64) * grad_strides[1])[:, None]
         real = real_out[:, None] & real_grad[None, :]
         incoming = tl.load(grad + at_grad, mask=real, other=0)
-        total = tl.dot((value * clean).to(kind), incoming, total, input_precision=PRECISION)
+        total = tl.dot(effective_tile(value, clean, kind, PRECISION), incoming, total, input_precision=PRECISION)
         if TWO:
             incoming = tl.load(perturbed_grad + at_grad, mask=real, other=0)
-            effective = (value * perturbed).to(kind)
+            effective = effective_tile(value, perturbed, kind, PRECISION)
             if ONE_INPUT:
                 total = tl.dot(effective, incoming, total, input_precision=PRECISION)
             else:

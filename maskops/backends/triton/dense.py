@@ -18,6 +18,11 @@ Result = TypeVar("Result")
 
 _WORKSPACE = 1 << 26
 """Bytes that all parts of one weight gradient may take, unless one part alone takes more."""
+_TWO_PROGRAMS = 128
+"""Registers of a thread where two programs of eight warps share a processor.
+
+Said aloud, ptxas keeps to it; left to itself, it may aim at it and spill a little.
+"""
 _FEW_CHANNELS = 16
 """Below so many input channels a step of the sum runs over several taps."""
 
@@ -125,7 +130,8 @@ def forward(
     entry_bytes = (layer.entry_bytes, inputs[0].element_size() * (1 if inputs[0] is inputs[-1] else 2))
     scattered = flat or not are_wide(inputs[0], layer.weight)
     tile = blocks(sizes, entry_bytes, kind, len(outputs), device, scattered)
-    _start(start, occupy(tile, out, pixels, device), "forward", outputs, inputs, layer)
+    what = f"forward {[part is None for part in epilogue[:4]]}"
+    _start(start, occupy(tile, out, pixels, device), entry_bytes, what, outputs, inputs, layer)
 
 
 def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bias: Tensor | None = None) -> None:
@@ -152,13 +158,14 @@ def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bia
             *(tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=_TWO_PROGRAMS if tile.warps == 8 and (layer.per_neuron or phases > 1) else None,
         )
 
     entry_bytes = (layer.entry_bytes, grads[0].element_size() * len(grads))
     scattered = phases > 1 or not are_wide(grads[0], layer.weight)
     tile = blocks((channels, pixels, group_out), entry_bytes, kind, len(grads), device, scattered)
     tile = occupy(tile, layer.groups * channels, phases * pixels, device)
-    _start(start, tile, "input gradient", grad_inputs, grads, layer)
+    _start(start, tile, entry_bytes, "input gradient", grad_inputs, grads, layer)
 
 
 def weight_grad(
@@ -200,7 +207,7 @@ def weight_grad(
     entry_bytes = (2 * grads[0].element_size() * len(grads), inputs[0].element_size() * len(inputs))
     scattered = flat or layer.stride != (1, 1) or not are_wide(grads[0], inputs[0])
     tile = blocks((group_out, width, pixels), entry_bytes, kind, 2 if separate else 1, device, scattered)
-    found = _start(start, tile, f"weight gradient {separate} {per_neuron}", grads, inputs, layer)
+    found = _start(start, tile, entry_bytes, f"weight gradient {separate} {per_neuron}", grads, inputs, layer)
     if per_neuron:
         return found
     return tuple(None if parts is None else parts.permute(0, 1, 4, 2, 3) for parts in found)
@@ -213,13 +220,16 @@ def _part_pixels(pixels: int, tiles: int, block: int, weights: int, device: torc
     return max(1, cdiv(cdiv(pixels, parts), block)) * block
 
 
-def _start(start: Callable[[Blocks], Result], tile: Blocks, what: str, *shapes: Any) -> Result:
-    """Start with the tile, or with one that was measured to be faster for these shapes."""
+def _start(
+    start: Callable[[Blocks], Result], tile: Blocks, entry_bytes: tuple[int, int], what: str, *shapes: Any
+) -> Result:
+    """Start with the tile, or with one that was measured to be faster for this computation on these shapes."""
     *activations, layer = shapes
     device = activations[0][0].device
     if not tuning.is_used(device):
         return start(tile)
-    described = [(tuple(tensors[0].shape), tensors[0].stride()[1] == 1, len(tensors)) for tensors in activations]
-    geometry = (tuple(layer.weight.shape), *layer[3:], layer.mask.dtype, layer.noise is None)
-    key = f"{what} {activations[0][0].dtype} {described} {geometry}"
-    return start(tuning.best(key, variants(tile), start, device))
+    described = [(tuple(t[0].shape), are_wide(t[0]), len(t), t[0] is t[-1]) for t in activations]
+    factors = [None if factor is None else (str(factor.dtype), are_wide(factor)) for factor in layer[:3]]
+    geometry = (tuple(layer.weight.shape), *layer[3:], layer.per_neuron)
+    key = f"{what} {activations[0][0].dtype} {described} {factors} {geometry}"
+    return start(tuning.best(key, variants(tile, entry_bytes, device), start, device))

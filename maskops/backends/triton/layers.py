@@ -36,7 +36,7 @@ def masked_conv_relu(
     arguments = (input, weight, mask, noise, bias, scale, shift, residual)
     output, bits = outputs("masked_conv_relu", *arguments, *geometry)
     if residual is not None and residual.stride() != output.stride():
-        residual = torch.empty_like(output).copy_(residual)
+        residual = torch.empty_like(output, dtype=residual.dtype).copy_(residual)
     op = _convolution(weight, mask, noise, stride, padding, dilation, False, [0, 0], groups)
     if not output.numel():
         return output, bits

@@ -107,7 +107,7 @@ def _forward(ops, output, input, masks, noise, bias) -> None:
     entry_bytes = (_entry_bytes(layer, block), input.itemsize * (block if own else 1))
     tile = blocks(sizes, entry_bytes, kind, block, input.device)
     tile = occupy(tile, mask_blocks * out, pixels, input.device)
-    _start(start, tile, f"forward of {len(ops)} masks {own}", [target], [source], layer)
+    _start(start, tile, entry_bytes, f"forward of {len(ops)} masks {own}", [target], [source], layer)
 
 
 def _backward(ops, made, grad, input, masks, noise, needs) -> None:
@@ -125,7 +125,7 @@ def _backward(ops, made, grad, input, masks, noise, needs) -> None:
 def _input_grad(ops, grad_input, grad, masks, noise) -> None:
     own = _is_own(grad_input, ops[0])
     if ops[0].depthwise:
-        parts = grad_input if own else torch.empty((len(ops), *grad_input.shape)).to(grad_input)
+        parts = grad_input if own else grad_input.new_empty((len(ops), *grad_input.shape))
         for j, op in enumerate(ops):
             layers._input_grads(op, [parts[j]], [grad[j]])
         if not own:
@@ -162,7 +162,7 @@ def _input_grad(ops, grad_input, grad, masks, noise) -> None:
     # the sum over all masks is one tile of results
     tile = blocks((channels, pixels, group_out), entry_bytes, kind, block if own else 1, grad.device)
     tile = occupy(tile, mask_programs * layer.groups * channels, phases * pixels, grad.device)
-    _start(start, tile, f"input gradient of {len(ops)} masks {own}", [target], [source], layer)
+    _start(start, tile, entry_bytes, f"input gradient of {len(ops)} masks {own}", [target], [source], layer)
 
 
 def _factor_grads(ops, found, grad, input) -> None:

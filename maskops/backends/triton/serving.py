@@ -14,8 +14,10 @@ from maskops.backends.triton.ways import choose
 
 def why_not(op: str, *tensors: Tensor) -> str | None:
     """What the kernels can't compute: float64, tensors that aren't on a CUDA device, what the interpreter can't."""
+    if torch.version.hip:
+        return "its tiles are made for NVIDIA's GPUs"
     for tensor in tensors:
-        if tensor.dim() == 0 and op.startswith("mask_"):
+        if tensor.dim() == 0 and op.startswith("mask_") and tensor is not tensors[0]:
             continue  # the learning rate, the step count or a bound, of any dtype, and maybe on the CPU
         if tensor.dtype == torch.float64:
             return "Triton kernels compute in float32"

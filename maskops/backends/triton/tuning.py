@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 Candidate = TypeVar("Candidate")
 
@@ -36,9 +36,10 @@ def best(
     known = _known(_file(device)).get(key)
     if known is None and measures(device):
         milliseconds = {index: _milliseconds(start, candidate, device) for index, candidate in enumerate(candidates)}
-        fastest = candidates[min(milliseconds, key=lambda index: milliseconds[index])]
-        known = json.loads(json.dumps(fastest))
-        _keep(_file(device), key, known)
+        fastest = min(milliseconds, key=lambda index: milliseconds[index])
+        if milliseconds[fastest] < float("inf"):
+            known = json.loads(json.dumps(candidates[fastest]))
+            _keep(_file(device), key, known)
     return next((candidate for candidate in candidates if json.loads(json.dumps(candidate)) == known), candidates[0])
 
 
@@ -61,11 +62,12 @@ def measures(device: torch.device) -> bool:
 def _milliseconds(start: Callable[[Candidate], object], candidate: Candidate, device: torch.device) -> float:
     try:
         if device.type == "cuda":
-            return triton.testing.do_bench(lambda: start(candidate), warmup=5, rep=20, return_mode="median")
+            with torch.cuda.device(device):
+                return triton.testing.do_bench(lambda: start(candidate), warmup=5, rep=20, return_mode="median")
         begin = time.perf_counter()
         start(candidate)
         return 1e3 * (time.perf_counter() - begin)
-    except OutOfResources:
+    except (TritonError, torch.OutOfMemoryError):
         return float("inf")
 
 
@@ -78,11 +80,15 @@ def _file_in(folder: str | None, caches: str | None, device: torch.device) -> Pa
     folder = folder or Path(caches or "~/.cache") / "maskops"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name = re.sub(r"[^a-z0-9]+", "-", f"{name} triton {triton.__version__}".lower())
-    return Path(folder).expanduser() / f"{name}.json"
+    return Path(os.path.expanduser(folder)) / f"{name}.json"  # without a home, ~ stays, and nothing is found there
 
 
 @cache
 def _known(path: Path) -> dict[str, object]:
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, object]:
     """What the file holds, by key; nothing where it can't be read."""
     try:
         known = json.loads(path.read_text())
@@ -97,9 +103,8 @@ def _keep(path: Path, key: str, value: object) -> None:
     known[key] = value
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        others = json.loads(path.read_text()) if path.exists() else {}
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump({**others, **known}, file, indent=0, sort_keys=True)
+            json.dump({**_read(path), **known}, file, indent=0, sort_keys=True)
         os.replace(file.name, path)
-    except (OSError, ValueError):
+    except OSError:
         return

@@ -58,8 +58,11 @@ def choose(op: str, *arguments: Any, start: Callable[[str], object] | None = Non
     if INTERPRETED:
         return FUSED, "the interpreter is there to test it"
     expected, reason = _expected(op, weight, arguments)
+    if not tuning.is_used(weight.device):
+        return expected, reason
     other = MATERIALISED if expected == FUSED else FUSED
-    key = f"{op} {' '.join(map(_described, arguments))}"
+    precision = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    key = f"{op} {' '.join(map(_described, arguments))} {precision}"
     if start is not None or tuning.was_measured(key, weight.device):
         way = tuning.best(key, (expected, other), start, weight.device)
         if tuning.was_measured(key, weight.device):

@@ -110,7 +110,7 @@ def load_factor(pointer, inside):
     """A mask's or noise's entries as float32; bytes count in steps of 1/255."""
     value = tl.load(pointer, mask=inside, other=0)
     if pointer.dtype.element_ty.is_int():
-        return value.to(tl.float32) / 255
+        return tl.div_rn(value.to(tl.float32), 255.0)
     return value.to(tl.float32)
 
 
