@@ -11,8 +11,9 @@ RUN    := cd $(ROOT) && $(VENV)/bin/python
 demo: $(VENV)/installed-$(EXTRAS)
 	$(RUN) -m maskops demo $(ARGS)
 
+# One process per core, with one thread each.
 test: $(VENV)/installed-$(EXTRAS)
-	$(RUN) -m pytest $(ARGS)
+	export OMP_NUM_THREADS=1; $(RUN) -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(RUN) -m ruff check .

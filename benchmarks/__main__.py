@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import awm, kernels, ops, report, results, tables
+from benchmarks import awm, kernels, networks, ops, plan, report, results, tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,14 +42,20 @@ def _outcomes(options: argparse.Namespace) -> Iterator[tuple[results.Outcome, st
     repeats, warmup = (100, 20) if device.type == "cuda" else (7, 1)
     repeats = options.repeats or repeats
     how = device, repeats, min(warmup, repeats)
-    for dtype in (DTYPES[name] for name in options.dtype):
+    start = time.monotonic()
+    for done, dtype in enumerate(DTYPES[name] for name in options.dtype):
         if options.command == "ops":
-            outcome = ops.run(options.net, options.batch, dtype, *how, options.compile)
+            deadline = start + options.seconds * (done + 1) / len(options.dtype)
+            if options.processes:
+                what = options.net, options.batch, dtype, device, options.ops, deadline
+                ops.compile_kernels(options.processes, *what)
+                continue
+            outcome = ops.run(options.net, options.batch, dtype, *how, options.compile, options.ops, deadline)
             yield outcome, ops.table(outcome)
             continue
         contestants = {name: awm.CONTESTANTS[name] for name in options.contestants}
-        for net in options.net:
-            outcome = awm.run(net, options.batch, dtype, *how, contestants, options.compile_limit, options.peaks)
+        for net, batch in itertools.product(options.net, options.batch):
+            outcome = awm.run(net, batch, dtype, *how, contestants, options.compile_limit, options.peaks)
             yield outcome, awm.table(outcome)
 
 
@@ -56,8 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in (("awm", "one inner and one outer step of AWM"), ("ops", "the public functions")):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        command.add_argument("--net", nargs="+", default=list(awm.NETS), help="names that maskops.models.build knows")
-        command.add_argument("--batch", type=int, default=128)
+        others = f"; {', '.join(networks.OTHERS)}" if name == "ops" else ""
+        known = f"names that maskops.models.build knows{others}"
+        command.add_argument("--net", nargs="+", default=list(awm.NETS), help=known)
+        command.add_argument("--batch", type=int, nargs="+", default=[128])
         dtypes = [dtype for dtype in DTYPES if name == "ops" or DTYPES[dtype] in awm.TOLERANCE]
         command.add_argument("--dtype", nargs="+", choices=dtypes, default=["float32"])
         command.add_argument("--repeats", type=int, help="100 on a GPU, 7 on a CPU")
@@ -68,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--no-peaks", dest="peaks", action="store_false", help="don't measure peak memory")
         else:
             command.add_argument("--compile", action="store_true", help="torch.compile too, which takes a while")
+            command.add_argument("--ops", nargs="+", choices=plan.OPS, default=list(plan.OPS))
+            only = "only compile Triton's kernels into its cache, in so many processes"
+            command.add_argument("--processes", type=int, help=only)
+            until = "begin nothing after that; the dtypes share it"
+            command.add_argument("--seconds", type=float, default=math.inf, help=until)
     kernels.add_arguments(commands.add_parser("kernels", help=kernels.__doc__, description=kernels.__doc__))
     tables.add_arguments(commands.add_parser("tables", help=tables.__doc__, description=tables.__doc__))
     command = commands.add_parser("report", help="write the README's tables from the results")

@@ -12,7 +12,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,10 +181,16 @@ def environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def full_float32() -> AbstractContextManager[None]:
+@contextmanager
+def full_float32() -> Iterator[None]:
     """Inside, convolutions in float32 are that, and not TF32."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 @contextmanager

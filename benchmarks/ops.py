@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, cases
+from benchmarks.cases import Case
 from benchmarks.measure import Step, Timed, environment, full_float32, interleaved
+from benchmarks.plan import OPS, plan
 from benchmarks.problem import why_not
-from benchmarks.results import Outcome, aligned, first_line, make_row, say
+from benchmarks.results import Outcome, Row, aligned, first_line, make_row, say
 
 BACKENDS = ("cuda", "triton", "reference")
-FORCE = "MASKOPS_BACKEND"
+WAYS = {"triton fused": "fused", "triton materialised": "materialised"}
+UNMASKED = "triton unmasked"
+"""The fused kernel with a mask of one number: what the mask costs is how much longer the fused kernel takes."""
+FORCE, PIN = "MASKOPS_BACKEND", "MASKOPS_LAYERS"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.004}
 """Largest distance from plain torch, relative, as norms: about 4 units in the last place for the 16-bit dtypes."""
 FLUSH_BYTES = 256 * 2**20
@@ -23,14 +31,19 @@ FLUSH_BYTES = 256 * 2**20
 
 def run(
     nets: Sequence[str],
-    batch: int,
+    batches: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
     warmup: int,
     compiles: bool = False,
+    wanted: Sequence[str] = OPS,
+    deadline: float = math.inf,
 ) -> Outcome:
-    """Compare, then time, every case; a contestant that disagrees gets no number."""
+    """Compare, then time, every case; a contestant that disagrees or fails gets no number.
+
+    deadline: of ``time.monotonic``, after which nothing is begun
+    """
     outcome = Outcome()
     reason = why_not(dtype, device)
     if reason is not None:
@@ -38,20 +51,46 @@ def run(
         return outcome
     torch.manual_seed(0)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    with environment(FORCE, ""):
-        for case in cases(nets, batch, dtype, device):
-            say(f"{case.phase}, {case.shape}")
-            steps = contestants(case, compiles, TOLERANCE[dtype], outcome)
-            timed = {name: _timed(name, step) for name, step in steps.items()}
-            for name, ms in interleaved(timed, repeats, warmup, device, flush).items():
-                row = make_row("ops", case.shape, batch, dtype, name, case.phase, ms.percentiles(), device=device)
-                outcome.rows.append(row)
+    entries, absent = plan(nets, batches, dtype, device)
+    outcome.absent |= absent
+    entries = [entry for entry in entries if entry.op in wanted]
+    with settings(""):
+        for done, entry in enumerate(entries):
+            if time.monotonic() > deadline:
+                outcome.absent["ops"] = f"the time was up before the last {len(entries) - done} of {len(entries)}"
+                break
+            try:
+                for case in entry.make():
+                    say(f"{case.phase}, {case.shape}")
+                    steps = contestants(case, compiles, TOLERANCE[dtype], outcome)
+                    timed = {name: _timed(name, step) for name, step in steps.items()}
+                    for name, ms in interleaved(timed, repeats, warmup, device, flush).items():
+                        where = case.shape, entry.batch, dtype, name, case.phase
+                        outcome.rows.append(make_row("ops", *where, ms.percentiles(), device=device))
+            except (RuntimeError, TypeError, ValueError) as error:
+                outcome.absent[f"{entry.op}, {done + 1} of {len(entries)}"] = first_line(error)
+                outcome.failed = True
     return outcome
+
+
+@contextmanager
+def settings(name: str) -> Iterator[None]:
+    """Inside, the environment is that of a contestant."""
+    forced, pinned = _settings(name)
+    with environment(FORCE, forced), environment(PIN, pinned):
+        yield
+
+
+def _settings(name: str) -> tuple[str, str]:
+    """What the environment variables FORCE and PIN are for a contestant."""
+    backend = name.split()[0] if name else ""
+    pinned = "fused" if name == UNMASKED else WAYS.get(name, "")
+    return backend if backend in BACKENDS else "", pinned
 
 
 def _timed(name: str, step: Step) -> Timed:
     def force_backend(repetition: int) -> None:
-        os.environ[FORCE] = name if name in BACKENDS else ""
+        os.environ[FORCE], os.environ[PIN] = _settings(name)
 
     return Timed(lambda repetition: step(), force_backend)
 
@@ -61,7 +100,12 @@ def contestants(case: Case, compiles: bool, tolerance: float, outcome: Outcome) 
     makers = {"eager": case.plain}
     if compiles and case.compiled is not None:
         makers["compile"] = case.compiled
-    makers |= dict.fromkeys(BACKENDS, case.ours)
+    for backend in BACKENDS:
+        makers[backend] = case.ours
+        if backend == "triton" and case.ways:
+            makers |= dict.fromkeys(WAYS, case.ours)
+        if backend == "triton" and case.unmasked is not None:
+            makers[UNMASKED] = case.unmasked.ours
     steps = {}
     with full_float32():
         expected = case.plain()()
@@ -69,13 +113,13 @@ def contestants(case: Case, compiles: bool, tolerance: float, outcome: Outcome) 
             what = f"{name}, {case.phase}, {case.shape}"
             try:
                 step = make()
-                with environment(FORCE, name if name in BACKENDS else ""):
-                    error = _distance(expected, step())
+                with settings(name):
+                    found = step()
+                error = _distance(case.unmasked.plain()() if name == UNMASKED else expected, found)
             except Exception as reason:
-                if name == "compile":
+                if "was asked for, but" not in str(reason):
                     outcome.absent[what] = first_line(reason)
-                elif "was asked for, but" not in str(reason):
-                    raise
+                    outcome.failed |= name != "compile"
                 continue
             if not error <= tolerance:
                 outcome.absent[what] = f"{error:.2g} away from plain torch"
@@ -91,13 +135,53 @@ def _distance(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
     return max(errors, key=lambda error: (error != error, error))
 
 
+def compile_kernels(processes: int, *what) -> None:
+    """Run every case once in so many processes, each its share: the kernels are then in Triton's cache.
+
+    what: nets, batches, dtype, device, wanted and deadline of :func:`run`, where what fails here fails again
+    """
+    say(f"compiling in {processes} processes")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=run_share, args=(share, processes, *what)) for share in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def run_share(share: int, shares: int, nets, batches, dtype, device, wanted, deadline) -> int:
+    """Run the share's cases, until the deadline; returns how many contestants there were."""
+    torch.set_num_threads(1)
+    count = 0
+    entries, _ = plan(nets, batches, dtype, device)
+    for entry in [entry for entry in entries if entry.op in wanted][share::shares]:
+        if time.monotonic() > deadline:
+            break
+        with suppress(Exception):
+            for case in entry.make():
+                for name, step in contestants(case, False, math.inf, Outcome()).items():
+                    with settings(name):
+                        step()  # once more, in the precision of float32 that is timed
+                    count += 1
+    return count
+
+
 def table(outcome: Outcome) -> str:
-    """One line per case, a column of ms per contestant."""
+    """One line per case, a column of ms per contestant, and how much longer the mask makes the fused kernel."""
     names = list(dict.fromkeys(row.contestant for row in outcome.rows))
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in outcome.rows:
-        found.setdefault((row.phase, row.net), {})[row.contestant] = row.ms_p50
-    lines = [["ms", *names]]
-    lines += [[f"{phase}, {shape}", *(ms.get(name, "") for name in names)] for (phase, shape), ms in found.items()]
+        found.setdefault((row.phase, row.net), {})[row.contestant] = row
+    priced = UNMASKED in names
+    lines = [["ms", *names, *(["fused/unmasked"] if priced else [])]]
+    for (phase, shape), rows in found.items():
+        line = [f"{phase}, {shape}", *(rows[name].ms_p50 if name in rows else "" for name in names)]
+        lines.append([*line, _price(rows)] if priced else line)
     notes = [f"{what}: no numbers, {reason}" for what, reason in outcome.absent.items()]
     return "\n".join([aligned(lines) if outcome.rows else "", *notes]).strip()
+
+
+def _price(rows: dict[str, Row]) -> str:
+    if UNMASKED not in rows or "triton fused" not in rows:
+        return ""
+    return f"{rows['triton fused'].ms / rows[UNMASKED].ms:.2f}"

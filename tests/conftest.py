@@ -71,6 +71,18 @@ def _served_are_counted():
     _dispatch.choose = choose
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["served"] = [(*key, count) for key, count in _served.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What each of several processes has counted, added up."""
+    for backend, op, count in getattr(node, "workeroutput", {}).get("served", ()):
+        _served[backend, op] += count
+
+
 def pytest_terminal_summary(terminalreporter):
     for backend in _dispatch.BACKENDS:
         ops = [op for op in _dispatch.OPS if _served[backend, op]]

@@ -1,14 +1,17 @@
 import copy
 import doctest
+import math
 import multiprocessing
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from benchmarks import __main__ as command_line
-from benchmarks import awm, cases, measure, ops, problem, report, results
+from benchmarks import awm, cases, measure, networks, ops, plan, problem, report, results
 from benchmarks.contestants import CONTESTANTS, Maskops
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, SECOND_MOMENT, make_problem
 from benchmarks.published import Official
@@ -88,19 +91,121 @@ def awm_by_hand(given):
     return {"trigger": trigger.float(), **stepped}
 
 
-def test_ops_agree_and_are_timed():
-    with torch.device("meta"):
-        shapes = [shape for _, shape in cases.layers_of("small_vgg", 2)]
+@pytest.fixture
+def reference_alone(monkeypatch):
+    """On the shapes of real networks Triton's interpreter would take an hour."""
+    monkeypatch.setattr(ops, "BACKENDS", ("reference",))
+
+
+def test_ops_agree_and_are_timed(reference_alone):
+    shapes = [shape for layer, shape in networks.layers_of("small_vgg", 2) if not isinstance(layer, nn.MaxPool2d)]
     assert shapes[0] == (2, 3, 32, 32) and shapes[-1] == (2, 2048) and len(shapes) == 7
-    outcome = ops.run(["small_vgg"], 2, torch.float32, CPU, repeats=1, warmup=0)
+    outcome = ops.run(["small_vgg"], [2], torch.float32, CPU, repeats=1, warmup=0)
     assert not outcome.failed and not outcome.absent
-    found = {row.phase.split()[0] for row in outcome.rows}
-    assert found == {
-        *("masked_conv2d", "dual_masked_conv2d", "masked_linear", "effective_weight"),
-        *("mask", "rescale_to_l1_ball", "project_onto_l1_ball"),
+    assert {row.phase.split()[0] for row in outcome.rows} == {
+        *("masked_conv2d", "dual_masked_conv2d", "masked_conv2d_relu", "many_masked_conv2d", "masked_linear"),
+        *("effective_weight", "mask", "rescale_to_l1_ball", "project_onto_l1_ball"),
+        *("relu_bits", "max_pool", "prepare_images", "trigger_step_"),
     }
-    assert {"eager", "reference", "floor"} <= {row.contestant for row in outcome.rows}
+    assert {"mask step", "mask step of neuron masks"} <= {row.phase for row in outcome.rows}
+    assert {row.contestant for row in outcome.rows} == {"eager", "reference", "floor"}
     assert len(ops.table(outcome).splitlines()) == 1 + len({(row.net, row.phase) for row in outcome.rows})
+
+
+def seen_settings(monkeypatch):
+    """What the environment was in each call of the Triton backend's choice between its two ways."""
+    ways = pytest.importorskip("maskops.backends.triton.ways")
+    seen, choose = [], ways.choose
+
+    def watched(op, *arguments, start=None):
+        seen.append((os.environ["MASKOPS_BACKEND"], os.environ["MASKOPS_LAYERS"], arguments[2].numel()))
+        return choose(op, *arguments, start=start)
+
+    monkeypatch.setattr(ways, "choose", watched)
+    return seen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is there without a GPU alone")
+def test_both_ways_of_a_layer_and_its_price_without_a_mask_are_contestants(monkeypatch):
+    seen = seen_settings(monkeypatch)
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    case = next(cases.conv_cases("conv", layer, (1, 4, 5, 5), torch.float32, CPU))
+    outcome = results.Outcome()
+    steps = ops.contestants(case, compiles=False, tolerance=1e-5, outcome=outcome)
+    ways = ["triton", "triton fused", "triton materialised", "triton unmasked"]
+    assert list(steps) == ["eager", *ways, "reference", "floor"] and not outcome.absent
+    settings = [("triton", "", 216), ("triton", "fused", 216), ("triton", "materialised", 216), ("triton", "fused", 1)]
+    assert seen == settings
+    linear = cases.linear_cases("linear", nn.Linear(4, 6), (2, 3, 4), torch.float32, CPU)
+    for case in (*linear, *cases.dual_conv_cases("conv", layer, (1, 4, 5, 5), torch.float32, CPU)):
+        found = ops.contestants(case, compiles=False, tolerance=1e-5, outcome=outcome)
+        assert ("triton unmasked" in found) == ("mask gradient" not in case.phase), outcome.absent
+    assert not outcome.failed
+
+
+def test_the_price_of_the_mask_is_in_the_table():
+    fused, unmasked = (
+        results.make_row("ops", "conv", 1, torch.float32, name, "op", (ms,) * 3, CPU)
+        for name, ms in (("triton fused", 3.0), ("triton unmasked", 2.0))
+    )
+    lines = ops.table(results.Outcome([fused, unmasked])).splitlines()
+    assert lines[0].split()[-1] == "fused/unmasked" and lines[1].split()[-1] == "1.50"
+
+
+def test_a_missing_library_is_named(reference_alone, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(networks, "find_spec", lambda library: None)
+    entries, absent = plan.plan(["resnet50", "small_vgg"], [2], torch.float32, CPU)
+    assert absent == {"resnet50": "it needs torchvision, which is not installed"} and entries
+    wanted = ["ops", "--net", "vit_large_patch16_224", "--ops", "l1_ball", "--repeats", "1", "--out", str(tmp_path)]
+    assert command_line.main(wanted) == 0
+    assert "vit_large_patch16_224: no numbers, it needs timm, which is not installed" in capsys.readouterr().out
+    with pytest.raises(ImportError, match="no_library"):
+        plan.plan(["no_library:net"], [2], torch.float32, CPU)
+
+
+class ReadsNumbers(nn.Sequential):
+    """Like networks whose depth is spread over their layers by a linspace."""
+
+    def __init__(self):
+        rates = [rate.item() for rate in torch.linspace(0, 0.5, 2)]
+        kernels = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, stride=2, groups=6)
+        super().__init__(*kernels, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(rates[1]), nn.Linear(6, 2))
+
+
+def test_networks_of_other_libraries_are_built_without_memory(monkeypatch):
+    monkeypatch.setattr(networks, "OTHERS", {"other": f"{__name__}:ReadsNumbers"})
+    titles = [cases.layer_title(*placed) for placed in networks.layers_of("other", 5)]
+    assert titles == [
+        "conv 5x3x224x224 to 6, 3x3",
+        "conv 5x6x222x222 to 6, 3x3 stride 2, 6 groups",
+        "linear 5x6 to 2",
+    ]
+    entries, _ = plan.plan(["other"], [5, 7], torch.float32, CPU)
+    assert [entry.batch for entry in entries if entry.op == "masked_linear"] == [5, 7]
+    assert sum(entry.op == "neuron_masks" for entry in entries) == 1
+
+
+def test_nothing_begins_after_the_deadline():
+    outcome = ops.run(["small_vgg"], [2], torch.float32, CPU, repeats=1, warmup=0, wanted=["l1_ball"], deadline=0)
+    assert outcome.absent == {"ops": "the time was up before the last 3 of 3"} and not outcome.rows
+
+
+def test_kernels_are_compiled_in_shares(reference_alone):
+    what = ["small_vgg"], [2], torch.float32, CPU, ["l1_ball", "trigger_step_"]
+    counts = [ops.run_share(share, 3, *what, math.inf) for share in range(3)]
+    assert all(counts) and sum(counts) == ops.run_share(0, 1, *what, math.inf)
+    assert ops.run_share(0, 1, *what, 0) == 0
+
+
+def test_a_contestant_that_fails_fails_the_run_and_no_other(reference_alone, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no such luck\nat all")
+
+    monkeypatch.setitem(plan.IMAGES, "prepare_images", fails)
+    wanted = ["prepare_images", "trigger_step_"]
+    outcome = ops.run(["small_vgg"], [2], torch.float32, CPU, repeats=1, warmup=0, wanted=wanted)
+    assert outcome.failed and {row.phase for row in outcome.rows} == {"trigger_step_"}
+    assert outcome.absent == {"prepare_images, 1 of 2": "RuntimeError: no such luck"}
 
 
 def test_an_op_that_computes_something_else_gets_no_number():

@@ -12,6 +12,9 @@ import triton
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;")
 _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 
+_LOCAL = re.compile(r"\b(LDL|STL)\b")
+_STORE = re.compile(r"\bSTSM?\b")
+
 
 class Binary(NamedTuple):
     """What one binary takes and has.
@@ -20,7 +23,8 @@ class Binary(NamedTuple):
     stack:       bytes per thread of memory that the compiler took for itself
     local:       loads and stores of such memory: registers are spilled, or indexed at run time
     matrix:      ``HGMMA register A``, ``HGMMA shared A``, ``HMMA``, or nothing
-    loop_stores: stores to shared memory in the loops around the matrix instructions; copies of global memory aren't any
+    loop_local:  those of them in the loops around the matrix instructions
+    loop_stores: stores to shared memory in these loops; copies of global memory aren't any
     loads:       of global memory
     wide_loads:  those of 128 bits
     """
@@ -28,6 +32,7 @@ class Binary(NamedTuple):
     registers: int
     stack: int
     local: int
+    loop_local: int
     matrix: str
     loop_stores: int
     loads: int
@@ -50,12 +55,14 @@ def parse(text: str) -> Binary:
     loads = [instruction for _, instruction in code if re.search(r"\b(LDG|LDGSTS)\.", instruction)]
     matrix = [(address, kind) for address, instruction in code if (kind := _matrix(instruction))]
     kinds = sorted({kind for _, kind in matrix})
+    loops = _loops(code, [address for address, _ in matrix])
     return Binary(
         registers=int(used["REG"]),
         stack=int(used["STACK"]) + int(used["LOCAL"]),
-        local=sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for _, instruction in code),
+        local=_count(code, _LOCAL),
+        loop_local=_count(code, _LOCAL, loops),
         matrix=", ".join(kinds),
-        loop_stores=_stores(code, [address for address, _ in matrix]),
+        loop_stores=_count(code, _STORE, loops),
         loads=len(loads),
         wide_loads=sum(".128" in instruction for instruction in loads),
     )
@@ -69,8 +76,8 @@ def _matrix(instruction: str) -> str | None:
     return name if name == "HMMA" else f"HGMMA {'register' if left.startswith('R') else 'shared'} A"
 
 
-def _stores(code: list[tuple[int, str]], matrix: list[int]) -> int:
-    """Stores to shared memory in the innermost loops around ``matrix``; where there is none, before the last of it."""
+def _loops(code: list[tuple[int, str]], matrix: list[int]) -> set[tuple[int, int]]:
+    """First and last address of the innermost loops around ``matrix``; where there is none, of all before its last."""
     branches = [(int(to[1], 16), address) for address, instruction in code if (to := _BRANCH.search(instruction))]
     loops = [(first, last) for first, last in branches if first < last]
     spans = set()
@@ -78,7 +85,12 @@ def _stores(code: list[tuple[int, str]], matrix: list[int]) -> int:
         around = [(first, last) for first, last in loops if first <= address <= last]
         if around:
             spans.add(min(around, key=lambda span: span[1] - span[0]))
-    if matrix and not spans:
-        spans = {(0, matrix[-1])}
-    stores = [address for address, instruction in code if re.search(r"\bSTSM?\b", instruction)]
-    return sum(any(first <= address <= last for first, last in spans) for address in stores)
+    return spans or ({(0, matrix[-1])} if matrix else set())
+
+
+def _count(
+    code: list[tuple[int, str]], instructions: re.Pattern[str], spans: set[tuple[int, int]] | None = None
+) -> int:
+    """How many of these instructions there are, within the spans where some are given."""
+    found = [address for address, instruction in code if instructions.search(instruction)]
+    return sum(spans is None or any(first <= address <= last for first, last in spans) for address in found)

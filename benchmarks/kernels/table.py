@@ -36,6 +36,7 @@ class Row:
     registers: str
     stack: str
     local: str
+    loop_local: str
     shared: str
     matrix: str
     loop_stores: str
