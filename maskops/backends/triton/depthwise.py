@@ -14,6 +14,8 @@ from maskops.backends.triton._launch import cdiv, power_of_two, run
 
 _PROCESSORS = 132
 _WARPS = 4
+_THREE_PROGRAMS = 168
+"""Registers of a thread where three programs share a processor; said aloud, ptxas doesn't spill to have four."""
 _UNROLLED = 49
 """Filters of up to so many taps have their loops unrolled and their effective weights in registers."""
 _TAPS = 9
@@ -172,7 +174,8 @@ def _weight_grad_parts(branches, kernel, geometry, innermost) -> Tensor:
         run(
             kernels.walk_weight_grad, (channel_blocks, slices * splits, len(branches)), *arguments, strips, *sizes,
             (geometry[0][2], geometry[1][2]), per_slice * lane_block, row_block, splits,
-            *kernel, columns, len(branches), lane_block, channel_block, num_warps=_WARPS,
+            *kernel, columns, len(branches), lane_block, channel_block,
+            num_warps=_WARPS, maxnreg=_THREE_PROGRAMS if 9 < kernel[0] * kernel[1] <= 25 else None,
         )  # fmt: skip
     else:
         run(

@@ -107,6 +107,8 @@ def _forward(ops, output, input, masks, noise, bias) -> None:
     entry_bytes = (_entry_bytes(layer, block), input.itemsize * (block if own else 1))
     tile = blocks(sizes, entry_bytes, kind, block, input.device)
     tile = occupy(tile, mask_blocks * out, pixels, input.device)
+    if own and layer.per_neuron:  # no factors to hold, but the addresses of as many inputs as there are masks
+        tile = tile._replace(right=max(tile.right // 2, 16))
     _start(start, tile, entry_bytes, f"forward of {len(ops)} masks {own}", [target], [source], layer)
 
 
