@@ -1,5 +1,6 @@
 import os
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,15 +9,18 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from benchmarks.kernels.table import kernel_names
 from maskops import _dispatch, demo
 
 # an error is compared with plain torch's, which must then not be TF32's in one backend and float32's in another
-torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
 
 _served: Counter[tuple[str, str]] = Counter()
+_launched: Counter[str] = Counter()
+"""How often each Triton kernel ran."""
 
 
 def pytest_collection_modifyitems(items):
@@ -71,9 +75,28 @@ def _served_are_counted():
     _dispatch.choose = choose
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _launches_are_counted():
+    if find_spec("triton") is None:
+        yield
+        return
+    from maskops.backends.triton import _launch
+
+    launch = _launch.launch
+
+    def launch_and_count(kernel, *arguments):
+        _launched[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"] += 1
+        launch(kernel, *arguments)
+
+    _launch.launch = launch_and_count
+    yield
+    _launch.launch = launch
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["served"] = [(*key, count) for key, count in _served.items()]
+        session.config.workeroutput["launched"] = dict(_launched)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -81,6 +104,7 @@ def pytest_testnodedown(node):
     """What each of several processes has counted, added up."""
     for backend, op, count in getattr(node, "workeroutput", {}).get("served", ()):
         _served[backend, op] += count
+    _launched.update(getattr(node, "workeroutput", {}).get("launched", {}))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -94,6 +118,10 @@ def pytest_terminal_summary(terminalreporter):
         elif missing:
             line += f"; not exercised: {', '.join(missing)}"
         terminalreporter.write_line(line, yellow=bool(missing))
+    kernels = kernel_names()
+    idle = [name for name in kernels if not _launched[name]]
+    line = f"triton kernels: {len(kernels) - len(idle)} of {len(kernels)} ran"
+    terminalreporter.write_line(line + (f"; not run: {', '.join(idle)}" if idle else ""), yellow=bool(idle))
     reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}", yellow=True)

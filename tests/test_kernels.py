@@ -46,7 +46,7 @@ def beyond(rows):
     """What spills registers or needs more shared memory than there is; a kernel may use every register.
 
     Where two programs fit on a processor with 128 registers a thread, ptxas prefers that to not spilling one or two
-    values that are used once, after the loop: up to 16 bytes in a matrix kernel, none in the loop, are no spill.
+    values that are used once, after the loop: up to 16 bytes, none of them in the loop, are no spill.
     """
     return [row for row in rows if {"spills", "shared memory"} & set(row.limits.split(", "))]
 

@@ -130,6 +130,28 @@ def test_what_an_op_overwrites_autograd_knows(backend):
     assert noise._version > versions[1]
 
 
+@pytest.mark.parametrize("layer", ["conv", "dual", "linear"])
+def test_layers_compile_in_one_graph(layer):
+    masked, shapes = {
+        "conv": (partial(masked_conv2d, padding=1), ((2, 4, 5, 5), (6, 4, 3, 3))),
+        "dual": (dual_masked_conv2d, ((2, 4, 5, 5), (6, 4, 3, 3))),
+        "linear": (masked_linear, ((3, 4), (5, 4))),
+    }[layer]
+
+    def gradients(function):
+        leaves = {name: value.requires_grad_() for name, value in made.items()}
+        outputs = function(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return *outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), list(leaves.values()))
+
+    made = layer_tensors(*shapes)
+    function = partial(masked, backend="triton")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for one, other in zip(gradients(function), gradients(compiled), strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.stride() == other.stride()
+
+
 @pytest.fixture
 def materialised(monkeypatch):
     monkeypatch.setenv("MASKOPS_LAYERS", "materialised")

@@ -18,7 +18,7 @@ from benchmarks.results import first_line, say
 from maskops.backends.triton import _launch, blocks
 
 _HARMLESS = 16
-"""Bytes of stack that a kernel with matrix instructions may take outside of their loop."""
+"""Bytes of stack that a kernel may take, outside of the loop around its matrix instructions."""
 
 
 class _AbsentGPU:
@@ -107,7 +107,7 @@ class Compiler:
         """What a launch would run into, and where the compiler had no register left."""
         most = min(255, 65536 // (32 * metadata.num_warps))
         reached = {
-            "spills": binary.loop_local > 0 or binary.stack > _HARMLESS or (binary.local > 0 and not binary.matrix),
+            "spills": binary.loop_local > 0 or binary.stack > _HARMLESS,
             "shared memory": metadata.shared > SHARED_MEMORY[self.capability],
             "all registers": binary.registers >= most,
         }

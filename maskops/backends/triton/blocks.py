@@ -121,6 +121,11 @@ def _resized(tile: Blocks, left: int, right: int) -> Blocks:
     return tile._replace(left=left, right=right, warps=max(warps, 4 if left >= 64 else 1))
 
 
+def registers_of(kind: str, device: torch.device) -> int | None:
+    """How many registers a thread may have, where ptxas, left to itself, spills some to have two programs."""
+    return 255 if kind == "tf32" and capability(device) < (9, 0) else None
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a device; elsewhere than on a GPU that of the largest table entry."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

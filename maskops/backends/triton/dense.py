@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskops.backends.triton import tuning
 from maskops.backends.triton._launch import cdiv, run
-from maskops.backends.triton.blocks import Blocks, blocks, kind_of_product, occupy, processors, variants
+from maskops.backends.triton.blocks import Blocks, blocks, kind_of_product, occupy, processors, registers_of, variants
 from maskops.backends.triton.convolution import conv_forward, conv_input_grad, conv_weight_grad
 
 Result = TypeVar("Result")
@@ -124,6 +124,7 @@ def forward(
             *(epilogue.relu, layer.precision, tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=registers_of(kind, device),
         )
 
     sizes = (group_out, pixels, channels * (r * s if flat else 1))
@@ -145,6 +146,7 @@ def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bia
     pixels = images * cdiv(input_rows, layer.stride[0]) * cdiv(input_columns, layer.stride[1])
     tap_step = tuple(step // math.gcd(step, gap) for step, gap in zip(layer.stride, layer.dilation, strict=True))
     device, kind = grads[0].device, kind_of_product(grads[0].dtype, layer.precision)
+    few_registers = len(grads) == 1 and (layer.per_neuron or phases > 1)
 
     def start(tile: Blocks) -> None:
         run(
@@ -158,7 +160,7 @@ def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bia
             *(tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=_TWO_PROGRAMS if tile.warps == 8 and (layer.per_neuron or phases > 1) else None,
+            maxnreg=_TWO_PROGRAMS if few_registers and tile.warps == 8 else registers_of(kind, device),
         )
 
     entry_bytes = (layer.entry_bytes, grads[0].element_size() * len(grads))

@@ -185,4 +185,5 @@ def _summed_factor_grad(
             product += tl.load(row_grad + part * part_stride + at_grad, mask=inside, other=0).to(tl.float32)
         total += product * tl.load(row_weight + at_weight, mask=inside, other=0).to(tl.float32)
     at_output = place(row, kept_sizes, kept_output_strides, KEPT)
-    tl.store(output + at_output, tl.sum(total, 1).to(output.dtype.element_ty), mask=row < count)
+    summed = tl.sum(total.to(tl.float64), 1)  # once per row: what the lanes have summed may be large and cancel
+    tl.store(output + at_output, summed.to(output.dtype.element_ty), mask=row < count)
