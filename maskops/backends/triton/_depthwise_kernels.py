@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskops.backends.triton.weights import load_factor
+from maskops.backends.triton.weights import load_factor, only_if
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def walk(
         second = tl.program_id(2) == 1
         source = tl.where(second, second_source, source)
         output = tl.where(second, second_output, output)
-        noisy = known & second
+        noisy = only_if(known, second)
     factors = (weight, mask, noise, weight_strides, mask_strides, noise_strides)
     taps = _taps(factors, channel, known, noisy, OUTPUTS + SOURCES == 2, FLIPPED, R, S, LANES, CHANNELS)
     second_taps = taps
@@ -224,7 +224,7 @@ def gather(
         second = tl.program_id(2) == 1
         source = tl.where(second, second_source, source)
         output = tl.where(second, second_output, output)
-        noisy = known & second
+        noisy = only_if(known, second)
     inside = known & (lane < lanes)
     x = lane % output_size[1]
     y = lane // output_size[1] % output_size[0]
@@ -261,7 +261,7 @@ def _store_parts(
     place = parts + (slice * (R * S) + tap).to(tl.int64) * channels + channel
     for k in tl.static_range(COUNT):
         total = tl.sum(sums[k], 0, keep_dims=True)
-        tl.store(place + k * channels, total, mask=known & (tap + k < R * S))
+        tl.store(place + k * channels, total, mask=known & (tl.zeros_like(channel) + tap + k < R * S))
 
 
 @triton.jit

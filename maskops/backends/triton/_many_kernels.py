@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from maskops.backends.triton.convolution import _factors, _taps, effective_tile
+from maskops.backends.triton.weights import only_if
 
 
 @triton.jit
@@ -79,10 +80,10 @@ def many_forward(
             if not PER_NEURON:
                 factor = _factor(
                     masks, noise, j, apart, out_at[:, None], channel[None, :], r, s, mask_strides, noise_strides,
-                    real_weight & there,
+                    only_if(real_weight, there),
                 )  # fmt: skip
             if not SHARED:
-                patch = tl.load(input + j * apart[1] + at_input, mask=real_input & there, other=0)
+                patch = tl.load(input + j * apart[1] + at_input, mask=only_if(real_input, there), other=0)
             effective = effective_tile(value, factor, kind, PRECISION)
             sums += (tl.dot(effective, patch, totals[m], input_precision=PRECISION),)
         totals = sums
@@ -96,11 +97,21 @@ def many_forward(
         total = totals[m % products]
         if PER_NEURON:
             total *= _factor(
-                masks, noise, j, apart, out_at[:, None], 0, 0, 0, mask_strides, noise_strides, real_out[:, None] & there
+                masks,
+                noise,
+                j,
+                apart,
+                out_at[:, None],
+                0,
+                0,
+                0,
+                mask_strides,
+                noise_strides,
+                only_if(real_out[:, None], there),
             )
         if bias is not None:
             total += tl.load(bias + out_at, mask=real_out, other=0).to(tl.float32)[:, None]
-        tl.store(output + j * apart[0] + at, total.to(kind), mask=real & there)
+        tl.store(output + j * apart[0] + at, total.to(kind), mask=only_if(real, there))
 
 
 @triton.jit
@@ -165,14 +176,14 @@ def many_input_grad(
             if PER_NEURON:
                 factor = _factor(
                     masks, noise, j, apart, out_at[None, :], 0, 0, 0, mask_strides, noise_strides,
-                    real_out[None, :] & there,
+                    only_if(real_out[None, :], there),
                 )  # fmt: skip
             else:
                 factor = _factor(
                     masks, noise, j, apart, out_at[None, :], channel[:, None], r, s, mask_strides, noise_strides,
-                    real_weight & there,
+                    only_if(real_weight, there),
                 )  # fmt: skip
-            incoming = tl.load(grad + j * apart[1] + at_grad, mask=real & there, other=0)
+            incoming = tl.load(grad + j * apart[1] + at_grad, mask=only_if(real, there), other=0)
             if not SHARED:
                 total = totals[m]
             effective = effective_tile(value, factor, kind, PRECISION)
@@ -187,7 +198,7 @@ def many_input_grad(
     real = real_channel[:, None] & real_pixel[None, :]
     for m in tl.static_range(1 if SHARED else MASKS):
         j = (own_first + m).to(tl.int64)
-        tl.store(grad_input + j * apart[0] + at, totals[m].to(kind), mask=real & (own_first + m < count))
+        tl.store(grad_input + j * apart[0] + at, totals[m].to(kind), mask=only_if(real, own_first + m < count))
 
 
 @triton.jit

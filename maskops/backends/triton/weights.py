@@ -106,6 +106,12 @@ def place(index, sizes, strides, DIMS: tl.constexpr):
 
 
 @triton.jit
+def only_if(inside, condition):
+    """``inside`` where a condition on the whole program holds: the interpreter's ``&`` would make integers of both."""
+    return (inside.to(tl.int32) & condition) != 0
+
+
+@triton.jit
 def load_factor(pointer, inside):
     """A mask's or noise's entries as float32; bytes count in steps of 1/255."""
     value = tl.load(pointer, mask=inside, other=0)
