@@ -32,7 +32,7 @@ _SCHEMAS = (
     f"masked_conv_backward(Tensor grad, Tensor? input, {_LAYER}, SymInt[] input_size, {_GEOMETRY}, bool[5] needs) "
     "-> Tensor[]",
     f"masked_conv_relu(Tensor input, {_LAYER}, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)",
+    f"{_GEOMETRY_2D}) -> (Tensor, Tensor)",
     f"masked_linear(Tensor input, {_LAYER}, Tensor? bias) -> Tensor",
     f"masked_linear_backward(Tensor grad, Tensor? input, {_LAYER}, SymInt[] input_size, bool[5] needs) -> Tensor[]",
     f"dual_masked_conv(Tensor input, Tensor? perturbed_input, {_LAYER}, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor)",

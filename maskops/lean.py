@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from maskops import _ops as _ops
 from maskops.backends import reference
+from maskops.functional._autograd import ReLUBackward
 
 aten = torch.ops.aten
 
@@ -146,28 +147,7 @@ class _ReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        return _ReLUBackward.apply(grad, *ctx.saved_tensors, ctx.strides), None, None
-
-
-class _ReLUBackward(torch.autograd.Function):
-    """Linear in the gradient, and its own adjoint."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad, bits, strides):
-        if grad.stride() != strides:
-            grad = grad.new_empty_strided(grad.shape, strides).copy_(grad)
-        return torch.ops.maskops.relu_bits_backward(grad, bits)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, bits, ctx.strides = inputs
-        ctx.save_for_backward(bits)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _ReLUBackward.apply(grad, *ctx.saved_tensors, ctx.strides), None, None
+        return ReLUBackward.apply(grad, *ctx.saved_tensors, ctx.strides, None), None, None
 
 
 class _ELU(torch.autograd.Function):

@@ -140,13 +140,13 @@ def test_every_op_is_checked():
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
 @pytest.mark.filterwarnings("error:.*may not alias")
-def test_op_is_sound(op):
+def test_op_is_sound(op, backend):
     """Schema (what is mutated and what aliases), fake tensors, and once the functionalisation for torch.compile."""
     first, *others = op_arguments()[op]
-    torch.library.opcheck(getattr(torch.ops.maskops, op).default, first)
+    check = partial(torch.library.opcheck, getattr(torch.ops.maskops, op).default, kwargs={"backend": backend})
+    check(first)
     for arguments in others:
-        tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(getattr(torch.ops.maskops, op).default, arguments, test_utils=tests)
+        check(arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op", _dispatch.OPS)

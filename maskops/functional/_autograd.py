@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from maskops.backends import reference
 from maskops.backends.reference.l1_ball import l1_norm
+from maskops.backends.reference.layers import before_relu
 
 _ops = torch.ops.maskops
 
@@ -118,11 +119,7 @@ class MaskedConvReLU(Function):
 
     @staticmethod
     def formula(input, weight, mask, noise, bias, scale, shift, residual, geometry):
-        output = reference.masked_conv(input, weight, mask, noise, bias, *geometry[:3], False, [0, 0], geometry[3])
-        output = output if scale is None else output * scale.view(-1, 1, 1)
-        output = output if shift is None else output + shift.view(-1, 1, 1)
-        output = output if residual is None else output + residual
-        return output.to(input.dtype).relu()
+        return before_relu(input, weight, mask, noise, bias, scale, shift, residual, *geometry).relu()
 
     @staticmethod
     def forward(ctx, input, weight, mask, noise, bias, scale, shift, residual, geometry, backend):
@@ -137,7 +134,7 @@ class MaskedConvReLU(Function):
     @staticmethod
     def backward(ctx, grad):
         input, weight, mask, noise, scale, bits = ctx.saved_tensors
-        grad = through_relu(grad, bits, ctx.strides, ctx.backend)
+        grad = ReLUBackward.apply(grad, bits, ctx.strides, ctx.backend)
         grads = [None] * 5
         needs = list(ctx.needs_input_grad[:5])
         if any(needs):
@@ -150,14 +147,28 @@ class MaskedConvReLU(Function):
         return *grads, None, None, grad_residual, None, None
 
 
-def through_relu(grad: Tensor, bits: Tensor, strides: tuple[int, ...], backend: str | None) -> Tensor:
-    """The gradient where the bit is 1, else 0; differentiable where a graph of the backward is being made."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        ones = grad.new_empty_strided(grad.shape, strides).fill_(1)
-        return grad * reference.relu_bits_backward(ones.detach(), bits)
-    if grad.stride() != strides:
-        grad = grad.new_empty_strided(grad.shape, strides).copy_(grad)
-    return _ops.relu_bits_backward(grad, bits, backend=backend)
+class ReLUBackward(Function):
+    """The gradient where the bit is 1, else 0: linear in the gradient, and its own adjoint.
+
+    strides: those of the ReLU's output, in whose memory order the bits are
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, bits, strides, backend):
+        if grad.stride() != strides:
+            grad = grad.new_empty_strided(grad.shape, strides).copy_(grad)
+        return _ops.relu_bits_backward(grad, bits, backend=backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, bits, ctx.strides, ctx.backend = inputs
+        ctx.save_for_backward(bits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ReLUBackward.apply(grad, *ctx.saved_tensors, ctx.strides, ctx.backend), None, None, None
 
 
 class DualMaskedLayer(Function):

@@ -66,10 +66,8 @@ def masked_conv(input, weight, mask, noise, bias, *geometry, weighting=_PLAIN) -
     return torch.convolution(input, weighting.forward(weight, mask, noise, input.dtype), bias, *geometry)
 
 
-def masked_conv_relu(
-    input, weight, mask, noise, bias, scale, shift, residual, stride, padding, dilation, groups
-) -> tuple[Tensor, Tensor]:
-    """``relu(scale * masked_conv(…) + shift + residual)``, scale and shift one number per channel, and its bits."""
+def before_relu(input, weight, mask, noise, bias, scale, shift, residual, stride, padding, dilation, groups) -> Tensor:
+    """``scale * masked_conv(…) + shift + residual``, scale and shift one number per channel."""
     output = masked_conv(input, weight, mask, noise, bias, stride, padding, dilation, False, [0, 0], groups)
     if scale is not None:
         output = output * scale.view(-1, 1, 1)
@@ -77,7 +75,12 @@ def masked_conv_relu(
         output = output + shift.view(-1, 1, 1)
     if residual is not None:
         output = output + residual
-    output = output.to(input.dtype)
+    return output.to(input.dtype)
+
+
+def masked_conv_relu(*arguments) -> tuple[Tensor, Tensor]:
+    """``relu(before_relu(…))`` and its bits."""
+    output = before_relu(*arguments)
     return output, relu_bits_(output, math.inf)
 
 
