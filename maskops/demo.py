@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskops import report
+from maskops._state import seeded_layers
 from maskops.backdoor import BadNetsSquare, Metrics, evaluate, poison, removed
 from maskops.checkpoint import save_state_dict
 from maskops.data import Pair, split
@@ -82,8 +83,7 @@ def digits_model(seed: int = 0, device: str | torch.device = "cpu", epochs: int 
     (images, labels), _ = digits(seed)
     generator = torch.Generator().manual_seed(seed)
     images, labels, _ = poison(images, labels, TRIGGER, TARGET, POISON_RATE, generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_layers(seed, torch.device("cpu")):
         model = network()
     return _train(model.to(device), images.to(device), labels.to(device), epochs, generator).eval()
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+import cuda_emulator
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    _no_emulator = cuda_emulator.load()
 
 from benchmarks.kernels.table import kernel_names
 from maskops import _dispatch, demo

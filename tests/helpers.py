@@ -20,6 +20,10 @@ def rand(*size: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> 
     return torch.randn(size, dtype=torch.float64).to(DEVICE, dtype).requires_grad_(grad)
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def plain_weight(weight: Tensor, mask: Tensor, noise: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """The effective weight as anyone would write it."""
     return (weight * (mask if noise is None else mask + noise)).to(dtype or weight.dtype)

@@ -14,8 +14,8 @@ from maskops import demo
 from maskops.backdoor import evaluate
 from maskops.data import split
 from maskops.purify import anp, prune, swm
-from maskops.purify._loop import _NOISE
 from maskops.purify._pruning import apply_masks
+from maskops.purify._setting import NOISE
 
 PLAIN = {"crop": 0, "flip": False, "progress": False}
 
@@ -45,7 +45,7 @@ def published(
     with_bias = [name for name, layer in layers.items() if layer.bias is not None]
     m = {name: torch.ones(shape[name], dtype=torch.float64, requires_grad=True) for name in layers}  # line 2
     optimizer = torch.optim.SGD(m.values(), lr=lr, momentum=momentum)
-    generator, noise_generator = (torch.Generator().manual_seed(seed) for seed in (3, 3 + _NOISE))
+    generator, noise_generator = (torch.Generator().manual_seed(seed) for seed in (3, 3 + NOISE))
 
     def loss(x, y, weight_factor, bias_factor):
         changed = {f"{n}.weight": layers[n].weight.detach() * weight_factor[n] for n in layers}
@@ -122,7 +122,7 @@ def test_swm_takes_the_steps_of_its_equation(clean_data, noise_steps):
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     m = {name: torch.ones_like(conv.weight, requires_grad=True) for name, conv in convs.items()}
     optimizer = torch.optim.Adam(m.values(), lr=0.01)
-    generator, noise_generator = (torch.Generator().manual_seed(seed) for seed in (3, 3 + _NOISE))
+    generator, noise_generator = (torch.Generator().manual_seed(seed) for seed in (3, 3 + NOISE))
 
     def loss(x, y, factor):
         changed = {f"{name}.weight": conv.weight.detach() * factor[name] for name, conv in convs.items()}
@@ -168,46 +168,6 @@ def test_pruning_again_from_the_scores_gives_the_same_model(clean_data, how):
     again = prune(model, result.scores, **how)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in result.model.state_dict().items())
     assert torch.equal(again.eval()(images), result.model.eval()(images))
-
-
-def test_pruning_takes_the_smallest_scores_of_all_layers():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    scores = {"0.mask": torch.tensor([[0.5], [0.1], [1.0]]), "1.mask": torch.tensor([[0.1], [0.7]])}
-    for how, cut in [
-        ({"number": 0}, [0, 0, 0, 0, 0]),
-        ({"number": 1}, [0, 1, 0, 0, 0]),
-        ({"number": 3}, [1, 1, 0, 1, 0]),
-        ({"fraction": 0.4}, [0, 1, 0, 1, 0]),
-        ({"fraction": 1.0}, [1, 1, 1, 1, 1]),
-        ({"threshold": 0.1}, [0, 1, 0, 1, 0]),
-        ({"threshold": 0.09}, [0, 0, 0, 0, 0]),
-    ]:
-        pruned = prune(model, scores, **how)
-        rows = [*pruned[0].weight, *pruned[1].weight]
-        assert [int(not row.any()) for row in rows] == cut
-        assert torch.equal(pruned[0].bias, model[0].bias)
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({}, "prune: exactly one of threshold, number and fraction must be given; got"),
-        ({"threshold": 0.1, "number": 2}, "prune: exactly one of threshold, number and fraction must be given; got"),
-        ({"number": 6}, "prune: expected a number of neurons from 0 to 2; got 6"),
-        ({"fraction": 1.5}, "prune: expected a number of neurons from 0 to 2; got 3"),
-    ],
-)
-def test_pruning_that_says_nothing_clear_is_refused(how, message):
-    with pytest.raises(ValueError) as error:
-        prune(nn.Sequential(nn.Linear(2, 2)), {"0.mask": torch.rand(2, 1)}, **how)
-    assert str(error.value).startswith(message)
-
-
-def test_tied_weights_are_pruned_together():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
-    model[2].weight = model[0].weight
-    pruned = prune(model, {"0.mask": torch.tensor([[0.0], [1.0]])}, threshold=0.5)
-    assert pruned[0].weight is pruned[2].weight and not pruned[0].weight[0].any() and pruned[0].weight[1].any()
 
 
 def test_the_users_model_and_its_statistics_are_left_alone(clean_data):
@@ -367,21 +327,6 @@ def test_one_image_cannot_be_held_out(clean_data):
     images, labels = clean_data
     with pytest.raises(ValueError, match=r"^anp: holding out clean images needs at least 2 of them; got 1$"):
         anp(tiny_network(), (images[:1], labels[:1]), threshold="auto", statistics="running", **PLAIN)
-
-
-@pytest.mark.parametrize(
-    "scores",
-    [
-        {"0.mask": torch.rand(2)},
-        {"0.mask": torch.tensor(0.0)},
-        {"0.bias": torch.rand(3)},
-        {"7.mask": torch.rand(3, 1)},
-        {"1.mask": torch.rand(3, 1)},
-    ],
-)
-def test_scores_of_another_model_are_refused(scores):
-    with pytest.raises(ValueError, match=r"^prune: [^\n]*\Z"):
-        prune(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), scores, threshold=0.5)
 
 
 def test_setting_up_draws_by_the_seed_and_leaves_torchs_generator_alone(clean_data):

@@ -1,29 +1,21 @@
+"""Reading a state dict: every nesting and format, and no code, whatever the file holds."""
+
 import json
 import os
 import pickle
 import struct
 import subprocess
-import sys
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from helpers_checkpoint import assert_equal, weights
 from torch import nn
 
-from maskops import checkpoint
-from maskops.checkpoint import CheckpointError, load_masks, load_state_dict, save_masks, save_state_dict
+from maskops.checkpoint import CheckpointError, load_state_dict, save_state_dict
 
 SUFFIXES = [".pth", ".pt", ".th", ".bin", ".safetensors"]
-
-
-def weights():
-    return {"conv.weight": torch.randn(4, 3, 3, 3), "bn.num_batches_tracked": torch.tensor(7)}
-
-
-def assert_equal(found, expected):
-    assert sorted(found) == sorted(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def saved(path, content, **options):
@@ -303,198 +295,3 @@ def test_load_state_dict_refuses_a_safetensors_header_of_lying_length(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     assert refused(path).startswith("is no valid safetensors file (SafetensorError: ")
-
-
-def test_masks_round_trip_with_their_options(tmp_path):
-    buffer = torch.rand(24)
-    masks = {
-        "stem.mask": torch.rand(4, 3, 3, 3).contiguous(memory_format=torch.channels_last),
-        "bn.neuron_mask": nn.Parameter(torch.rand(4)),
-        "view": buffer[4:12].view(2, 4),
-        "same": buffer[4:12].view(2, 4),
-        "strided": buffer[::2],
-        "half": torch.rand(3).bfloat16(),
-    }
-    options = {
-        "method": "awm",
-        "alpha": 0.9,
-        "seed": 0,
-        "flip": True,
-        "layers": ["stem", None],
-        "trigger": {"tau": 1e3},
-    }
-    save_masks(tmp_path / "masks.safetensors", masks, options)
-    found, found_options = load_masks(tmp_path / "masks.safetensors")
-    assert found_options == options
-    assert set(found) == set(masks)
-    assert all(torch.equal(found[name], masks[name]) and found[name].is_contiguous() for name in masks)
-
-
-def test_masks_can_be_read_by_safetensors_alone(tmp_path):
-    save_masks(tmp_path / "masks.safetensors", {"mask": torch.ones(2)}, {"alpha": 0.9})
-    with safetensors.safe_open(tmp_path / "masks.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["maskops"]) == {"alpha": 0.9}
-        assert file.metadata()["maskops_format"] == "1"
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        float("nan"),
-        float("inf"),
-        (0.9, 0.999),
-        {1: "one"},
-        {1, 2},
-        torch.float32,
-        torch.ones(1),
-        b"raw",
-        object(),
-        [[(1,)]],
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_save_masks_refuses_options_that_json_would_change(tmp_path, value):
-    with pytest.raises(TypeError, match=r"^save_masks: option 'betas' must be what JSON can represent; got .+$"):
-        save_masks(tmp_path / "masks.safetensors", {"mask": torch.ones(2)}, {"alpha": 0.9, "betas": value})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_save_masks_refuses_an_option_without_a_name(tmp_path):
-    with pytest.raises(TypeError, match=r"^save_masks: option 3 must be what JSON can represent; got 'three'$"):
-        save_masks(tmp_path / "masks.safetensors", {"mask": torch.ones(2)}, {3: "three"})
-
-
-@pytest.mark.parametrize(
-    ("metadata", "found"),
-    [
-        ({}, "is no mask file: its metadata has no entry 'maskops'"),
-        ({"maskops": "{}"}, "must have mask format 1; it has None"),
-        ({"maskops": "{}", "maskops_format": "2"}, "must have mask format 1; it has 2"),
-        ({"maskops": "{", "maskops_format": "1"}, r": the options are not JSON \(JSONDecodeError: .*\)"),
-        ({"maskops": "[" * 9999, "maskops_format": "1"}, r": the options are not JSON \(.*\)"),
-        ({"maskops": "[]", "maskops_format": "1"}, ": the options must be a JSON object; got list"),
-    ],
-    ids=["none", "no format", "format", "JSON", "nesting", "list"],
-)
-def test_load_masks_refuses_other_files(tmp_path, metadata, found):
-    safetensors.torch.save_file({"mask": torch.ones(2)}, tmp_path / "masks.safetensors", metadata)
-    with pytest.raises(CheckpointError, match=f"^load_masks: .*masks.safetensors ?{found}$"):
-        load_masks(tmp_path / "masks.safetensors")
-
-
-def test_load_masks_says_what_is_at_the_path(tmp_path):
-    with pytest.raises(CheckpointError, match=r"^load_masks: there is no file .*missing\.safetensors$"):
-        load_masks(tmp_path / "missing.safetensors")
-    (tmp_path / "masks.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(CheckpointError, match=r"^load_masks: .* is no valid safetensors file \(SafetensorError: "):
-        load_masks(tmp_path / "masks.safetensors")
-
-
-def test_save_state_dict_writes_a_plain_dict_without_the_buffer_behind_it(tmp_path):
-    arena = torch.zeros(1_000_000)
-    save_state_dict(tmp_path / "model.pth", {"weight": arena[:4].view(2, 2)})
-    assert (tmp_path / "model.pth").stat().st_size < 10_000
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert type(content) is dict and torch.equal(content["weight"], torch.zeros(2, 2))
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_save_state_dict_stores_tied_weights_under_both_names(tmp_path, suffix):
-    tied = torch.rand(3)
-    save_state_dict(tmp_path / f"model{suffix}", {"embed": tied, "head": tied})
-    assert_equal(load_state_dict(tmp_path / f"model{suffix}"), {"embed": tied, "head": tied})
-
-
-@pytest.mark.parametrize(("suffix", "writer"), [(".pth", torch), (".safetensors", safetensors.torch)])
-@pytest.mark.parametrize("failing", ["write", "replace"])
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_interrupted_save_leaves_the_old_file_alone(tmp_path, monkeypatch, suffix, writer, failing, error):
-    path, expected = tmp_path / f"model{suffix}", weights()
-    save_state_dict(path, expected)
-
-    def fail(*arguments):
-        if failing == "write":
-            target = next(argument for argument in arguments if isinstance(argument, os.PathLike))
-            target.write_bytes(b"half a file")
-        raise error
-
-    if failing == "write":
-        monkeypatch.setattr(writer, "save" if writer is torch else "save_file", fail)
-    else:
-        monkeypatch.setattr(checkpoint.os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError) as caught:
-        save_state_dict(path, {"weight": torch.zeros(1)})
-    if caught.type is CheckpointError:
-        expected_message = f"save_state_dict: cannot write {path} (OSError: disk full); what was there is untouched"
-        assert str(caught.value) == expected_message
-    assert list(tmp_path.iterdir()) == [path]
-    assert_equal(load_state_dict(path), expected)
-
-
-def test_save_forces_the_new_file_to_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: calls.append("fsync") or fsync(file))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
-    save_masks(tmp_path / "masks.safetensors", {"mask": torch.ones(1)}, {})
-    assert calls == ["fsync", "replace"]
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_saved_file_has_ordinary_permissions(tmp_path, suffix):
-    save_state_dict(tmp_path / f"model{suffix}", weights())
-    (tmp_path / "ordinary").touch()
-    assert (tmp_path / f"model{suffix}").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-
-
-def test_loaded_tensors_outlive_the_file_that_replaces_theirs(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_state_dict(path, {"weight": torch.ones(1000)})
-    before = load_state_dict(path)["weight"]
-    save_state_dict(path, {"weight": torch.zeros(10)})
-    assert torch.equal(before, torch.ones(1000))
-
-
-@pytest.mark.parametrize("name", ["nowhere/model.pth", "nowhere/model.safetensors", "file/model.pth"])
-def test_save_says_that_a_folder_cannot_be_written(tmp_path, name):
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        CheckpointError, match=r"^save_state_dict: cannot write .* \((FileNotFound|NotADirectory)Error: .*\)"
-    ):
-        save_state_dict(tmp_path / name, weights())
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes to every folder")
-def test_save_says_that_a_folder_is_read_only(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointError, match=r"^save_masks: cannot write .* \(PermissionError: .*\)"):
-        save_masks(tmp_path / "masks.safetensors", {"mask": torch.ones(1)}, {})
-
-
-def test_save_refuses_unknown_suffixes():
-    with pytest.raises(CheckpointError, match=r"^save_masks: the file name must end in .safetensors; got masks.pth$"):
-        save_masks("masks.pth", {"mask": torch.ones(1)}, {})
-    expected = r"^save_state_dict: the file name must end in .safetensors or .pth or .pt or .th or .bin; got model.npz$"
-    with pytest.raises(CheckpointError, match=expected):
-        save_state_dict("model.npz", weights())
-
-
-@pytest.mark.parametrize("save", [save_state_dict, lambda path, tensors: save_masks(path, tensors, {})])
-def test_save_refuses_what_is_no_tensor(tmp_path, save):
-    path = tmp_path / "model.safetensors"
-    with pytest.raises(TypeError, match=r"^save_(state_dict|masks): expected names and tensors; got 'epoch': int$"):
-        save(path, {"weight": torch.ones(1), "epoch": 3})
-    with pytest.raises(TypeError, match=r"^save_(state_dict|masks): expected names and tensors; got 0: Tensor$"):
-        save(path, {0: torch.ones(1)})
-    with pytest.raises(ValueError, match=r"^save_(state_dict|masks): expected at least one tensor; got none$"):
-        save(path, {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_safetensors_is_said_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(
-        ImportError, match=r"^save_masks: .safetensors files need safetensors: pip install safetensors$"
-    ):
-        save_masks(tmp_path / "masks.safetensors", {"mask": torch.ones(1)}, {})

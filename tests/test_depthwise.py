@@ -10,6 +10,7 @@ from maskops.backends.triton._launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs Triton's interpreter or CUDA")
 
+
 # (N, C, H, W), (R, S), stride, padding, dilation
 CASES = {
     "3x3": ((2, 5, 3, 2), (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -48,6 +49,13 @@ LARGE_CASES = {
 }
 LAYOUTS = ("contiguous", "channels_last", "strided")
 MASKS = {"channel": (5, 1, 1, 1), "number": (), "pixel": (3, 1), "row": (5, 1, 3, 1)}
+
+
+@pytest.fixture(autouse=True)
+def many_processors(monkeypatch):
+    """A device so wide that rows are split and gradients come in several slices."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(depthwise, "processors", lambda device: 132)
 
 
 def laid_out(tensor, layout):
@@ -222,9 +230,10 @@ def test_depthwise_of_two_branches_is_one_launch(monkeypatch, stride, one_input)
 
 
 def test_depthwise_serves_one_output_channel_per_input_channel_of_images():
-    assert depthwise.serves(3, torch.empty(3, 1, 5, 5), 3)
-    assert depthwise.serves(1, torch.empty(1, 1, 5, 5), 1)
-    assert not depthwise.serves(3, torch.empty(6, 1, 5, 5), 3)
-    assert not depthwise.serves(4, torch.empty(4, 2, 5, 5), 2)
-    assert not depthwise.serves(3, torch.empty(3, 1, 5), 3)
-    assert not depthwise.serves(3, torch.empty(3, 1, 5, 5, 5), 3)
+    assert depthwise.serves(torch.empty(3, 1, 5, 5), 3, transposed=False)
+    assert depthwise.serves(torch.empty(1, 1, 5, 5), 1, transposed=False)
+    assert not depthwise.serves(torch.empty(3, 1, 5, 5), 3, transposed=True)
+    assert not depthwise.serves(torch.empty(6, 1, 5, 5), 3, transposed=False)
+    assert not depthwise.serves(torch.empty(4, 2, 5, 5), 2, transposed=False)
+    assert not depthwise.serves(torch.empty(3, 1, 5), 3, transposed=False)
+    assert not depthwise.serves(torch.empty(3, 1, 5, 5, 5), 3, transposed=False)

@@ -1,113 +1,17 @@
 """The lean mode against plain torch: same outputs, same gradients, fewer bytes."""
 
 import math
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, rand
+from helpers import rand
+from helpers_lean import IMAGE_OPS, assert_plain, assert_same, channels_last, frozen, run, state
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from maskops import lean_autograd, models
 from maskops.lean import saved_bytes
-
-channels_last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
-
-
-def frozen(module):
-    """The module in eval mode with random frozen state, so that no factor is 1 and no offset 0."""
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            for state in (norm.weight, norm.running_var):
-                if state is not None:
-                    nn.init.uniform_(state, 0.5, 2.0)
-            for state in (norm.bias, norm.running_mean):
-                if state is not None:
-                    nn.init.normal_(state)
-    return module.to(DEVICE).eval().requires_grad_(False)
-
-
-def state(module):
-    return [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
-
-
-def run(function, input, mode=nullcontext):
-    """Output, gradient of the input, bytes saved."""
-    input = input.detach().requires_grad_()
-    with mode():
-        saved = saved_bytes(lambda: function(input), exclude=state(function))
-        output = function(input)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    output.backward(torch.empty_like(output).copy_(grad))
-    return output.detach(), input.grad, saved
-
-
-def assert_same(function, input, rounding=0.0):
-    """Outputs bit for bit, and gradients to within ``rounding``; the bytes saved by plain torch and in the mode."""
-    output, grad, saved = run(function, input)
-    lean_output, lean_grad, lean_saved = run(function, input, lean_autograd)
-    assert torch.equal(lean_output, output) and lean_output.stride() == output.stride()
-    assert lean_output.dtype == output.dtype and lean_grad.dtype == grad.dtype
-    if rounding:
-        torch.testing.assert_close(lean_grad, grad, rtol=0, atol=rounding)
-    else:
-        assert torch.equal(lean_grad, grad)
-    assert lean_grad.stride() == grad.stride()
-    return saved, lean_saved
-
-
-def assert_plain(function, *tensors):
-    """The same graph as without the mode."""
-
-    def graph(mode):
-        with mode():
-            node = function(*tensors).grad_fn
-        names = []
-        while node is not None:
-            names.append(node.name())
-            node = node.next_functions[0][0] if node.next_functions else None
-        return names
-
-    assert graph(lean_autograd) == graph(nullcontext)
-
-
-BITS, INPUT = 2 * 6 * 9 * 8 // 8, 2 * 6 * 9 * 8 * 4  # bytes of the input of the ops below: one bit, four bytes each
-WINDOWS = 2 * 6 * 4 * 4
-IMAGE_OPS = {  # function, bytes saved in the mode
-    "F.relu": (F.relu, BITS),
-    "torch.relu": (torch.relu, BITS),
-    "Tensor.relu": (lambda x: x.relu(), BITS),
-    "relu(inplace)": (lambda x: F.relu(x * 1, inplace=True), BITS),
-    "torch.relu_": (lambda x: torch.relu_(x * 1), BITS),
-    "Tensor.relu_": (lambda x: (x * 1).relu_(), BITS),
-    "F.relu_": (lambda x: F.relu_(x * 1), BITS),
-    "ReLU": (nn.ReLU(), BITS),
-    "ReLU(inplace)": (lambda x: nn.ReLU(inplace=True)(x * 1), BITS),
-    "relu_ of a view": (lambda x: (x * 1)[:, 1:].relu_(), 2 * 5 * 9 * 8 // 8),
-    "F.relu6": (F.relu6, BITS),
-    "ReLU6(inplace)": (lambda x: nn.ReLU6(inplace=True)(x * 1), BITS),
-    "F.hardtanh": (lambda x: F.hardtanh(x, 0, 2), BITS),
-    "F.hardtanh_": (lambda x: F.hardtanh_(x * 1, 0.0, 2.0), BITS),
-    "Hardtanh": (nn.Hardtanh(0.0, 1.0), BITS),
-    "F.max_pool2d": (lambda x: F.max_pool2d(x, 2), WINDOWS),
-    "torch.max_pool2d": (lambda x: torch.max_pool2d(x, (2, 2), stride=[]), WINDOWS),
-    "MaxPool2d": (nn.MaxPool2d(3, stride=2, padding=1), 2 * 6 * 5 * 4),
-    "MaxPool2d(ceil_mode)": (nn.MaxPool2d((3, 2), (2, 3), (1, 0), (1, 2), ceil_mode=True), 2 * 6 * 5 * 3),
-    "F.avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False), 0),
-    "AvgPool2d": (nn.AvgPool2d((3, 2), padding=(1, 0), divisor_override=5), 0),
-    "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d((3, None)), 0),
-    "BatchNorm2d": (frozen(nn.BatchNorm2d(6)), 0),
-    "BatchNorm2d(affine=False)": (frozen(nn.BatchNorm2d(6, eps=0.1, affine=False)), 0),
-    "Conv2d": (frozen(nn.Conv2d(6, 5, 3)), 0),
-    "Conv2d(all)": (frozen(nn.Conv2d(6, 4, (3, 2), (2, 1), (1, 2), (1, 2), groups=2, bias=False)), 0),
-    "Conv2d(depthwise)": (frozen(nn.Conv2d(6, 6, 3, padding=1, groups=6)), 0),
-    "Conv2d(same)": (frozen(nn.Conv2d(6, 5, (3, 5), padding="same", dilation=(2, 1))), 0),
-    "Conv2d(valid)": (frozen(nn.Conv2d(6, 5, 3, padding="valid")), 0),
-    "ConvTranspose2d": (frozen(nn.ConvTranspose2d(6, 4, 3, (2, 1), 1, (1, 0), groups=2)), 0),
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -278,97 +182,6 @@ def test_batch_norm_in_training_mode_updates_its_statistics():
     assert not torch.equal(norm.running_mean, before)
 
 
-def test_trace_and_script_record_plain_ops():
-    x = rand(1, 3, 8, 8).requires_grad_()
-    model = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
-    scripted = torch.jit.script(model)
-    with lean_autograd():
-        traced = torch.jit.trace(model, x, check_trace=False)
-        assert torch.equal(scripted(x), model(x))
-    assert "aten::relu" in str(traced.inlined_graph) and "PythonOp" not in str(traced.inlined_graph)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_as_plain_torch_does(dtype):
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.ConvTranspose2d(8, 4, 3),
-        nn.ELU(inplace=True), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Flatten(), nn.LazyLinear(5),
-    )  # fmt: skip
-    x = rand(2, 3, 12, 12)
-    model(x)
-    model = torch.autocast(DEVICE, dtype)(frozen(model))
-    assert_same(model, x)
-    assert_same(lambda x: model(x.to(dtype)), x)
-
-
-def test_autocast_keeps_no_copy_of_a_weight():
-    conv = frozen(nn.Conv2d(64, 64, 3))
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert assert_same(conv, rand(1, 64, 8, 8)) == (2 * (64 * 8 * 8 + 64 * 64 * 9), 0)
-
-
-@pytest.mark.parametrize("name", IMAGE_OPS)
-def test_gradient_can_be_differentiated(name):
-    function, _ = IMAGE_OPS[name]
-    function = function.double() if isinstance(function, nn.Module) else function
-    # no two values nearer than the steps of gradcheck, and none near a kink
-    x = (torch.randperm(2 * 6 * 6 * 6).view(2, 6, 6, 6)[:1, :, :5, :4] - 215.5).to(DEVICE, torch.float64) / 50
-    if name.startswith(("Conv", "Batch")):
-        x = x[:, :, :, :4]
-    x.requires_grad_()
-    with lean_autograd():
-        assert torch.autograd.gradcheck(function, x, fast_mode=True)
-        assert torch.autograd.gradgradcheck(function, x, fast_mode=True)
-
-
-def test_second_derivative_of_elu():
-    x = rand(20, dtype=torch.float64).requires_grad_()
-    with lean_autograd():
-        assert torch.autograd.gradgradcheck(lambda x: F.elu(x, 0.7), x)
-
-
-@pytest.mark.parametrize(
-    "name", ["F.relu", "ReLU(inplace)", "F.relu6", "MaxPool2d", "AvgPool2d", "BatchNorm2d", "Conv2d"]
-)
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_transforms_of_torch_func(name):
-    function, _ = IMAGE_OPS[name]
-    function = function.double() if isinstance(function, nn.Module) else function
-    x, tangent = rand(3, 1, 6, 5, 4, dtype=torch.float64), rand(1, 6, 5, 4, dtype=torch.float64)
-
-    def loss(x):
-        return function(x).pow(2).sum()
-
-    for transformed in (
-        lambda: torch.func.vmap(torch.func.grad(loss))(x),
-        lambda: torch.func.grad(lambda x: torch.func.vmap(loss)(x).sum())(x),
-        lambda: torch.func.grad(lambda x: torch.func.grad(loss)(x).pow(2).sum())(x[0]),
-        lambda: torch.func.jacrev(lambda x: function(x).sum((0, 1)))(x[0]),
-        lambda: torch.func.jvp(torch.func.grad(loss), (x[0],), (tangent,))[1],
-        lambda: torch.autograd.functional.jacobian(lambda x: function(x).sum((0, 1)), x[0], vectorize=True),
-    ):
-        with lean_autograd():
-            actual = transformed()
-        assert torch.equal(actual, transformed())
-
-
-def test_compile_traces_through_the_mode():
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-        nn.ConvTranspose2d(8, 4, 3), nn.ELU(), nn.AvgPool2d(2), nn.Hardtanh(0, 2, inplace=True), nn.ReLU6(),
-        nn.AdaptiveAvgPool2d(2),
-    )  # fmt: skip
-    model = frozen(model)
-    x = rand(2, 3, 16, 16)
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    output, grad, saved = run(model, x, lean_autograd)
-    compiled_output, compiled_grad, compiled_saved = run(compiled, x, lean_autograd)
-    assert torch.equal(compiled_output, output) and torch.equal(compiled_grad, grad)
-    assert compiled_saved <= saved
-    assert run(compiled, x)[2] > 3 * saved, "outside the mode the compiled model is plain again"
-
-
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
 @pytest.mark.parametrize(
     ("name", "plain_megabytes", "megabytes"),
@@ -392,23 +205,6 @@ def test_nesting_and_decorating():
         assert saved_bytes(lambda: F.relu(x)) == 5
     assert saved_bytes(lambda: lean_autograd()(F.relu)(x)) == 5
     assert saved_bytes(lambda: F.relu(x)) == 160
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_function_that_enters_the_mode(use_reentrant):
-    model = frozen(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)))
-    lean = lean_autograd()(model.forward)
-    x = rand(2, 3, 8, 8)
-    expected = run(model, x)[1]
-    assert torch.equal(run(lambda x: checkpoint(lean, x, use_reentrant=use_reentrant), x)[1], expected)
-
-
-def test_backward_may_run_in_and_out_of_the_mode():
-    model, x = frozen(models.small_vgg()), rand(2, 3, 32, 32).requires_grad_()
-    with lean_autograd():
-        loss = model(x).logsumexp(1).sum()
-        (inside,) = torch.autograd.grad(loss, x, retain_graph=True)
-    assert torch.equal(torch.autograd.grad(loss, x)[0], inside)
 
 
 def test_saved_bytes_counts_each_storage_once():

@@ -21,8 +21,6 @@ pytest.importorskip("triton")
 
 from maskops.backends.triton import blocks, dense, tuning, ways
 
-GEOMETRY = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-
 
 @pytest.fixture
 def many_processors(monkeypatch):
@@ -178,9 +176,10 @@ def test_the_materialised_way_of_both_branches(layer, materialised):
     check(dual, partial(plain_dual, plain), made, "triton")
 
 
-def conv_arguments(images, channels=16, out=32, groups=1):
+def conv_arguments(images, channels=16, out=32, groups=1, transposed=False):
     input, weight = torch.empty(images, channels, 8, 8), torch.empty(out, channels // groups, 3, 3)
-    return (input, weight, torch.empty_like(weight), None, None, *GEOMETRY[:-1], groups)
+    geometry = ([1, 1], [1, 1], [1, 1], transposed, [0, 0], groups)
+    return (input, weight, torch.empty_like(weight), None, None, *geometry)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +188,9 @@ def conv_arguments(images, channels=16, out=32, groups=1):
         (conv_arguments(2), "fused", "128 pixels are so few"),
         (conv_arguments(128), "materialised", "with 8192 pixels the effective weight is a small part"),
         (conv_arguments(128, 16, 16, 16), "fused", "a depthwise layer has a kernel of its own"),
+        (conv_arguments(128, 16, 16, 16, True), "materialised", "with 8192 pixels"),
     ],
-    ids=["few pixels", "many pixels", "depthwise"],
+    ids=["few pixels", "many pixels", "depthwise", "depthwise, transposed"],
 )
 def test_the_way_follows_the_work(arguments, way, reason, monkeypatch, tmp_path):
     monkeypatch.setattr(ways, "INTERPRETED", False)
@@ -237,15 +237,25 @@ def test_measured_tiles_give_the_same_layer(monkeypatch, tmp_path):
     check(masked_conv2d, partial(plain_layer, F.conv2d), made, "triton")
 
 
+def test_a_measured_tile_is_found_in_the_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKOPS_CACHE", str(tmp_path))
+    device = torch.device("cpu")
+    candidates = [blocks.Blocks(64, 64, 32, 4, stages) for stages in (2, 3)]
+    tuning._file(device).write_text(json.dumps({"product (3, 5) True": candidates[1], "gone": [1, 2, 3, 4, 5]}))
+    assert tuning.best(("product", (3, 5), True), candidates, None, device) is candidates[1]
+    for unknown in ("product", "gone"):
+        assert tuning.best((unknown,), candidates, None, device) is candidates[0]
+
+
 def test_a_cache_that_cannot_be_read_or_written_is_no_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKOPS_CACHE", str(tmp_path))
     device = torch.device("cpu")
     tuning._file(device).write_text("not json")
-    assert tuning.best("key", ["first", "second"], lambda candidate: None, device) == "first"
+    assert tuning.best(("key",), ["first", "second"], lambda candidate: None, device) == "first"
     monkeypatch.setenv("MASKOPS_CACHE", str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MASKOPS_MEASURE", "1")
-    assert tuning.best("key", ["first"], lambda candidate: None, device) == "first"
+    assert tuning.best(("key",), ["first"], lambda candidate: None, device) == "first"
 
 
 @pytest.mark.parametrize("capability", sorted(blocks.TABLE))

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from maskops._state import eval_mode
 from maskops.backdoor._checks import check_labelled
-from maskops.backdoor._model import device_of, eval_mode
+from maskops.backdoor._model import device_of
 from maskops.backdoor.composite import Composite
 from maskops.backdoor.poison import target_labels
 from maskops.backdoor.triggers import Several, Trigger

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor, nn
 
+from maskops._state import eval_mode
 from maskops.augment import adversarial
 from maskops.backdoor._checks import check_labelled
-from maskops.backdoor._model import device_of, eval_mode
+from maskops.backdoor._model import device_of
 from maskops.backdoor.triggers import DecoyTrigger, Several, Trigger
 
 _PIECE = 1024  # images that a trigger gets at a time: a learned one computes with maps of each

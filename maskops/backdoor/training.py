@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from maskops._state import seeded_layers
 from maskops.augment import random_crop, random_flip
 from maskops.backdoor.attacks import Attack
 from maskops.backdoor.composite import Composite
@@ -113,11 +114,7 @@ def train_backdoored(
         _train(network, Campaign(images, labels, _no_trigger), recipe, generator, "clean training")
         return network.eval()
 
-    with torch.enable_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)  # dropout draws from torch's own
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    with torch.enable_grad(), seeded_layers(seed, device):
         campaign = attack.prepare(images, labels, num_classes, generator, surrogate=clean)
         network = clean() if attack.frozen_convs else fresh()
         frozen = _last_convs(network, attack.frozen_convs)

@@ -7,20 +7,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskops._state import eval_mode, seeded_layers
 from maskops.augment import random_crop, random_flip
 from maskops.data import as_tensors
-from maskops.purify._setting import Setting
+from maskops.purify._setting import LAYERS, NOISE, Setting
 from maskops.purify._working import PixelModel
-
-_LAYERS, _NOISE = 1 << 20, 1 << 21
-"""Added to the seed for what layers draw, and for noise: streams of their own."""
 
 OnEpoch = Callable[[int, nn.Module], None]
 
@@ -80,8 +78,8 @@ class Run:
         with self.named_errors():
             self.mean, self.std = (self._per_channel(value) for value in (setting.mean, setting.std))
         self.generator = torch.Generator(device="cpu").manual_seed(setting.seed)
-        self.noise_generator = torch.Generator(device=self.device).manual_seed(setting.seed + _NOISE)
-        self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed + _LAYERS)
+        self.noise_generator = torch.Generator(device=self.device).manual_seed(setting.seed + NOISE)
+        self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed + LAYERS)
         self.history: dict[str, list[float]] = {}
         self._noted: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
@@ -190,20 +188,10 @@ class Run:
             ) from error
         return tqdm(epochs, desc=self.method, unit="epoch")
 
-    @contextmanager
-    def seeded_layers(self) -> Iterator[None]:
-        """Within, what layers such as dropout draw from torch's global generators follows the run's seed.
-
-        The generators are left as they were.
-        """
+    def seeded_layers(self) -> AbstractContextManager[None]:
+        """:func:`maskops._state.seeded_layers` with the next of the seeds that follow from the run's."""
         seed = int(torch.randint(2**31, (), generator=self._layers_generator, device="cpu"))
-        on_gpu = self.device.type == "cuda"
-        with torch.random.fork_rng([self.device] if on_gpu else []):
-            torch.default_generator.manual_seed(seed)
-            if on_gpu:
-                with torch.cuda.device(self.device):
-                    torch.cuda.manual_seed(seed)
-            yield
+        return seeded_layers(seed, self.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -230,11 +218,9 @@ class Run:
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
         """Hand the model, in eval mode, to the user's ``on_epoch``."""
-        if on_epoch is None:
-            return
-        training = model.training
-        on_epoch(epoch, model.eval())
-        model.train(training)
+        if on_epoch is not None:
+            with eval_mode(model):
+                on_epoch(epoch, model)
 
     def finish(self, options: Any, model: nn.Module, **results: Any) -> Purification:
         """The result, whose model has its layers in the modes, and its parameters as trainable, as the user's are.
@@ -263,6 +249,11 @@ class Run:
             return 0
         kilobytes = sys.platform != "darwin"
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kilobytes else 1)
+
+
+def cosine(step: int, steps: int) -> float:
+    """The factor on a learning rate that falls from 1 to 0 along half a cosine."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _plain(value: Any) -> Any:

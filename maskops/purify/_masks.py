@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
 
+from maskops._state import eval_mode
 from maskops.arena import MaskArena
 from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.lean import lean_autograd
@@ -206,11 +207,8 @@ class MaskRun(Run):
 
     def depths(self) -> dict[str, int]:
         """The depth of each mask's layer among the masked ones, from 1: see :func:`maskops.purify._depth.depths`."""
-        training = self.model.training
-        with self.seeded_layers():
-            found = depths(self.model.eval(), self.images[:2], self.arena.effective_weights)
-        self.model.train(training)
-        return found
+        with eval_mode(self.model), self.seeded_layers():
+            return depths(self.model, self.images[:2], self.arena.effective_weights)
 
     def indices(self) -> dict[str, int]:
         """The place of each mask among all, from 1, in the order of the model's parameters."""
@@ -220,13 +218,11 @@ class MaskRun(Run):
     @torch.no_grad()
     def hits(self, images: Tensor, labels: Tensor, masks: Mapping[str, Tensor], batch_size: int = 256) -> int:
         """How many images the model classifies rightly, in eval mode and with these masks in place of the learned."""
-        learned, training = self.arena.mask.clone(), self.model.training
+        learned = self.arena.mask.clone()
         self._fill(masks)
-        self.model.eval()
         parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        with self.seeded_layers():
+        with eval_mode(self.model), self.seeded_layers():
             hits = sum((self.logits(part).argmax(1) == label).sum() for part, label in parts)
-        self.model.train(training)
         self.arena.mask.copy_(learned)
         self.arena.refresh()
         return int(hits)

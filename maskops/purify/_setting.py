@@ -11,8 +11,8 @@ import torch
 from maskops.nn import GRANULARITIES
 from maskops.purify._options import Auto, choice, number
 
-_STREAMS = 1 << 22
-"""Seeds below 2**63 that are left for streams derived from one."""
+LAYERS, NOISE = 1 << 20, 1 << 21
+"""Added to the seed for what layers draw, and for noise: streams of their own."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Setting:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        number("purify", self, "seed", int, 0, 2**63 - _STREAMS)
+        number("purify", self, "seed", int, 0, 2**63 - 2 * NOISE)
         number("purify", self, "crop", int, 0, auto=True)
         for name in ("flip", "progress"):
             choice("purify", self, name, (True, False))

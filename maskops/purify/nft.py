@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskops import augment
 from maskops.optim import MaskSGD
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch, Purification, cosine
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional, settle
 from maskops.purify._setting import MaskSetting
@@ -179,8 +179,7 @@ def _floors(run: MaskRun, options: NFTOptions) -> dict[str, float]:
 def _learning_rate(epoch: int, options: NFTOptions) -> float:
     if options.cosine_to is None:
         return options.lr * options.lr_decay ** (epoch // options.lr_decay_epochs)
-    share = (1 + math.cos(math.pi * epoch / options.epochs)) / 2
-    return options.cosine_to + (options.lr - options.cosine_to) * share
+    return options.cosine_to + (options.lr - options.cosine_to) * cosine(epoch, options.epochs)
 
 
 def _augmented(run: MaskRun, batch: Tensor, options: NFTOptions) -> augment.Mixed:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from maskops._state import seeded_layers
 from maskops.backdoor._checks import check_images
 
 
@@ -73,13 +74,10 @@ def bit_reader(inputs: int, bits: int, width: int = 16) -> nn.Sequential:
     )
 
 
-@contextmanager
-def seeded(generator: torch.Generator) -> Iterator[None]:
+def seeded(generator: torch.Generator) -> AbstractContextManager[None]:
     """Layers made inside are initialised from a generator, on the CPU; torch's own generator stays as it is."""
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        yield
+    return seeded_layers(seed, torch.device("cpu"))
 
 
 def random_batches(images: Tensor, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskops._state import eval_mode
+
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
@@ -102,10 +104,9 @@ def attention(model: nn.Module, images: Tensor, count: int, power: float) -> tup
 
 @torch.no_grad()
 def check_maps(model: nn.Module, images: Tensor) -> None:
-    """Raise unless a model in train mode has maps to attend to."""
-    with Maps().watch(model.eval()) as maps:
+    """Raise unless a model has maps to attend to."""
+    with eval_mode(model), Maps().watch(model) as maps:
         model(images)
-    model.train()
     if maps.ends_in_tokens or not maps.take():
         found = "ends in tokens" if maps.ends_in_tokens else "has none"
         raise ValueError(f"attention is of feature maps (images, channels, height, width); this model {found}")

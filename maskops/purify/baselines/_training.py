@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maskops._state import eval_mode
 from maskops.purify._loop import NonFiniteError, Purification, Run
 from maskops.purify._options import number
 from maskops.purify._working import PixelModel
@@ -35,11 +35,6 @@ def sgd(model: nn.Module, options: Any) -> torch.optim.SGD:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     optimizer.param_groups[0]["lr"] = lr
-
-
-def cosine(step: int, steps: int) -> float:
-    """The factor on a learning rate that falls from 1 to 0 along half a cosine."""
-    return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def one_pass(run: Run, batch_size: int) -> Iterator[Tensor]:
@@ -95,32 +90,28 @@ def unlearn(run: Run, model: PixelModel, options: Any) -> None:
 def hits(run: Run, network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> int:
     """How many images the network classifies rightly, in eval mode."""
     model = PixelModel(network, run.mean, run.std, run.low_dtype)
-    training = network.training
-    model.eval()
     parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    right = sum((model(part).argmax(1) == label).sum() for part, label in parts)
-    network.train(training)
-    return int(right)
+    with eval_mode(model):
+        return int(sum((model(part).argmax(1) == label).sum() for part, label in parts))
 
 
 @torch.no_grad()
 def measure_statistics(model: PixelModel, images: Tensor, batch_size: int) -> None:
     """Give batch norms, batch by batch, the running statistics that the model has on the images."""
-    norms = [module for module in model.eval().modules() if isinstance(module, _BatchNorm)]
-    norms = [norm.train() for norm in norms if norm.track_running_stats]
+    norms = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-    seen = 0
-    for batch in images.split(batch_size) if norms else ():
-        if len(batch) > 1 or batch_size == 1:
-            seen += len(batch)
-            for norm in norms:
-                norm.momentum = len(batch) / seen  # the mean over all images
-            model(batch)
+    with eval_mode(model):
+        for norm in norms:
+            norm.train().reset_running_stats()
+        seen = 0
+        for batch in images.split(batch_size) if norms else ():
+            if len(batch) > 1 or batch_size == 1:
+                seen += len(batch)
+                for norm in norms:
+                    norm.momentum = len(batch) / seen  # the mean over all images
+                model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    model.train()
 
 
 def finish(run: Run, options: Any, model: PixelModel, **results: Any) -> Purification:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops._state import eval_mode
+from maskops.purify._loop import OnEpoch, Purification, Run, cosine
 from maskops.purify._options import Preset, choice, number, settle
 from maskops.purify._setting import Setting
 from maskops.purify._working import PixelModel
 from maskops.purify.baselines._trace import activity, last_linear
-from maskops.purify.baselines._training import check_training, cosine, finish, hits, one_pass, set_lr, sgd, train
+from maskops.purify.baselines._training import check_training, finish, hits, one_pass, set_lr, sgd, train
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def fine_pruning(
     held_out = run.hold_out(chosen.held_out)
     chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
     pruned = run.trainable_copy()
-    with run.phase("pruning"):
+    with run.phase("pruning"), eval_mode(pruned):
         linear, kept = _prune(run, pruned, held_out, chosen)
     optimizer = sgd(pruned, chosen)
 
@@ -118,7 +119,6 @@ def _prune(
     run: Run, model: PixelModel, held_out: tuple[Tensor, Tensor], options: FinePruningOptions
 ) -> tuple[nn.Linear, Tensor]:
     """Prune within the budget; returns the last linear layer and zeros for those of its inputs that are pruned."""
-    model.eval()
     with run.named_errors():
         linear, size = last_linear(model, run.images[:2])
     per_neuron = activity(model, linear, run.images.split(options.batch_size)).view(-1, size).mean(1)
@@ -136,5 +136,4 @@ def _prune(
     kept = kept.repeat_interleave(size)
     linear.weight.copy_(weight * kept)
     run.history["pruned neurons"] = [float(count)]
-    model.train()
     return linear, kept

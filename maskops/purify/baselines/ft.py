@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Purification, Run, cosine
 from maskops.purify._options import Auto, Preset, choice, number, settle
 from maskops.purify._setting import Setting
-from maskops.purify.baselines._training import check_training, cosine, finish, one_pass, set_lr, sgd, train
+from maskops.purify.baselines._training import check_training, finish, one_pass, set_lr, sgd, train
 
 
 @dataclass(frozen=True)

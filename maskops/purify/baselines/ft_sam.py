@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Purification, Run, cosine
 from maskops.purify._options import Preset, number, optional, settle
 from maskops.purify._setting import Setting
 from maskops.purify._working import PixelModel
-from maskops.purify.baselines._training import check_training, cosine, finish, one_pass, set_lr, sgd
+from maskops.purify.baselines._training import check_training, finish, one_pass, set_lr, sgd
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,46 @@
+// What the kernels' launchers take: memory, sizes and a stream. Nothing of torch.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <cuda_runtime.h>
+
+namespace maskops {
+
+enum class DType : int { float32, float16, bfloat16, uint8 };
+
+constexpr int most_dimensions = 5;
+
+// A tensor in device memory; a stride of 0 repeats an entry.
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int dimensions = 0;
+  int64_t sizes[most_dimensions] = {};
+  int64_t strides[most_dimensions] = {};
+
+  explicit operator bool() const { return data != nullptr; }
+
+  int64_t count() const {
+    int64_t product = 1;
+    for (int d = 0; d < dimensions; ++d) product *= sizes[d];
+    return product;
+  }
+};
+
+// One kernel as the driver sees it on the current device.
+struct KernelAttributes {
+  std::string name;
+  int registers, local_bytes, shared_bytes, threads, blocks_per_processor;
+};
+
+std::vector<std::string> kernel_names();
+std::vector<KernelAttributes> kernel_attributes();
+
+// noise + step_size * sign(grad * weight), then into [-bound, bound]. Without a weight: of grad alone.
+void noise_step(const View& noise, const View& grad, const View& weight, float step_size, float bound,
+                cudaStream_t stream);
+
+}  // namespace maskops
