@@ -6,6 +6,8 @@ PYTHON ?= python3
 # The version the project is developed on. Any torch >= 2.10 that .venv already holds is kept.
 TORCH  ?= torch==2.13.0
 EXTRAS ?= test
+# The CUDA kernels are compiled where there is a GPU for them; "make build" does so wherever there is an nvcc.
+MASKOPS_BUILD ?= $(if $(shell command -v nvidia-smi),auto,none)
 RUN    := cd $(ROOT) && $(VENV)/bin/python
 
 demo: $(VENV)/installed-$(EXTRAS)
@@ -21,8 +23,9 @@ lint: $(VENV)/installed-$(EXTRAS)
 
 # Builds the wheel without isolation, so with the torch of .venv, installs it in an empty folder and imports it from there.
 build: $(VENV)/installed-$(EXTRAS)
-	rm -rf $(ROOT)/build
-	$(RUN) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	rm -rf $(ROOT)/build/wheel $(ROOT)/build/site $(ROOT)/build/lib*
+	cd $(ROOT) && PATH=$(VENV)/bin:$$PATH CMAKE_ARGS=-DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
+	    $(VENV)/bin/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(RUN) -m pip install -q --no-deps --target build/site build/wheel/*.whl
 	cd $(ROOT)/build && PYTHONPATH=site $(VENV)/bin/python -m maskops info
 
@@ -36,6 +39,6 @@ clean:
 $(VENV)/installed-$(EXTRAS): $(ROOT)/pyproject.toml
 	$(VENV)/bin/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/python -m pip install $(TORCH)
-	$(VENV)/bin/python -m pip install -q "setuptools>=77"
-	cd $(ROOT) && $(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	$(VENV)/bin/python -m pip install -q "setuptools>=77" cmake ninja "pybind11>=2.12"
+	cd $(ROOT) && PATH=$(VENV)/bin:$$PATH MASKOPS_BUILD=$(MASKOPS_BUILD) $(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@

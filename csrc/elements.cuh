@@ -73,6 +73,24 @@ __host__ __device__ inline uint32_t to_bits(float value, DType dtype) {
   return bits;
 }
 
+// The element at an offset.
+__device__ inline float load(const Operand& operand, int64_t offset) {
+  switch (operand.dtype) {
+    case DType::float32: return reinterpret_cast<const float*>(operand.data)[offset];
+    case DType::uint8: return to_float(reinterpret_cast<const uint8_t*>(operand.data)[offset], operand.dtype);
+    default: return to_float(reinterpret_cast<const uint16_t*>(operand.data)[offset], operand.dtype);
+  }
+}
+
+__device__ inline void store(const Operand& operand, int64_t offset, float value) {
+  const uint32_t bits = to_bits(value, operand.dtype);
+  if (operand.dtype == DType::float32) {
+    reinterpret_cast<uint32_t*>(operand.data)[offset] = bits;
+  } else {
+    reinterpret_cast<uint16_t*>(operand.data)[offset] = static_cast<uint16_t>(bits);
+  }
+}
+
 // What a tensor of this dtype keeps of a number.
 __host__ __device__ inline float rounded(float value, DType dtype) {
   return dtype == DType::float32 ? value : to_float(to_bits(value, dtype), dtype);
@@ -139,13 +157,7 @@ template <int width>
 __device__ void put(const Operand& operand, const Space& space, int64_t index, const float (&values)[width]) {
   if (!operand) return;
   if constexpr (width == 1) {
-    const int64_t offset = offset_of(space, operand, index);
-    const uint32_t bits = to_bits(values[0], operand.dtype);
-    if (operand.dtype == DType::float32) {
-      reinterpret_cast<uint32_t*>(operand.data)[offset] = bits;
-    } else {
-      reinterpret_cast<uint16_t*>(operand.data)[offset] = static_cast<uint16_t>(bits);
-    }
+    store(operand, offset_of(space, operand, index), values[0]);
   } else {
     uint32_t bits[eight];
 #pragma unroll

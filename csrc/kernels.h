@@ -39,6 +39,29 @@ struct KernelAttributes {
 std::vector<std::string> kernel_names();
 std::vector<KernelAttributes> kernel_attributes();
 
+// The layers of an arena: rows of [start, length, mask_start, mask_length, size, stride, size, stride, …], the same
+// numbers on the device and on the host.
+struct ArenaTable {
+  const int64_t* on_device;
+  const int64_t* on_host;
+  int rows, width;
+};
+
+// weight * mask, or weight * (mask + noise); the factors are repeated where they have fewer entries.
+void effective_weight(const View& effective, const View& weight, const View& mask, const View& noise,
+                      cudaStream_t stream);
+
+// grad * weight, summed where the result has fewer entries.
+void factor_grad(const View& result, const View& grad, const View& weight, cudaStream_t stream);
+
+// effective_weight of all layers of flat buffers.
+void arena_effective_weight(const ArenaTable& table, const View& effective, const View& weight, const View& mask,
+                            const View& noise, cudaStream_t stream);
+
+// factor_grad of all layers of flat buffers; nothing is written between the layers.
+void arena_mask_grad(const ArenaTable& table, const View& grads, const View& grad, const View& weight,
+                     cudaStream_t stream);
+
 // noise + step_size * sign(grad * weight), then into [-bound, bound]. Without a weight: of grad alone.
 void noise_step(const View& noise, const View& grad, const View& weight, float step_size, float bound,
                 cudaStream_t stream);

@@ -1,6 +1,9 @@
 // The ops as torch sees them, over its stable ABI: tensors become views, outputs are allocated, kernels are launched on
 // the current stream of the tensors' device. Python has checked shapes and dtypes.
+#include <algorithm>
+#include <numeric>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -52,7 +55,7 @@ class Device {
     if (!tensor.is_cuda()) return;
     guard_.emplace(tensor.get_device_index());
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -63,6 +66,79 @@ class Device {
   cudaStream_t stream_ = nullptr;
 };
 
+// Unwritten memory in the memory order of another tensor, without gaps.
+Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int dimensions = static_cast<int>(tensor.dim());
+  std::vector<int> order(dimensions);
+  std::iota(order.begin(), order.end(), 0);
+  // from the innermost to the outermost dimension; of two alike, the last one is the inner one
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    return strides[a] != strides[b] ? strides[a] < strides[b] : a > b;
+  });
+  std::vector<int64_t> dense(dimensions);
+  int64_t step = 1;
+  bool has_gaps = false;
+  for (int d : order) {
+    dense[d] = step;
+    has_gaps = has_gaps || (sizes[d] != 1 && strides[d] != step);
+    step *= sizes[d];
+  }
+  if (!has_gaps) dense.assign(strides.begin(), strides.end());
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dimensions, sizes.data(), dense.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(tensor.device().type())), tensor.get_device_index(),
+      &handle));
+  return Tensor(handle);
+}
+
+Tensor effective_weight(const Tensor& weight, const Tensor& mask, const OptionalTensor& noise, ScalarType dtype) {
+  if (dtype == ScalarType::Double) return torch::stable::to(effective_weight(weight, mask, noise, ScalarType::Float), dtype);
+  const Device device(weight);
+  Tensor effective = empty_like(weight, dtype);
+  maskops::effective_weight(view(effective), view(weight), view(mask), view(noise), device.stream());
+  return effective;
+}
+
+std::vector<Tensor> effective_weight_backward(const Tensor& grad, const Tensor& weight, const Tensor& mask,
+                                              const OptionalTensor& noise, std::vector<bool> needs) {
+  const Device device(weight);
+  std::vector<Tensor> grads;
+  if (needs[0]) {
+    grads.push_back(empty_like(grad, weight.scalar_type()));
+    maskops::effective_weight(view(grads.back()), view(grad), view(mask), view(noise), device.stream());
+  }
+  for (const Tensor* factor : {needs[1] ? &mask : nullptr, needs[2] ? &*noise : nullptr}) {
+    if (!factor) continue;
+    const bool whole = factor->numel() == weight.numel();
+    grads.push_back(empty_like(whole ? grad : *factor, factor->scalar_type()));
+    maskops::factor_grad(view(grads.back()), view(grad), view(weight), device.stream());
+  }
+  return grads;
+}
+
+maskops::ArenaTable arena_table(const Tensor& table, const std::vector<int64_t>& layers) {
+  const int rows = static_cast<int>(table.size(0));
+  return {static_cast<const int64_t*>(table.data_ptr()), layers.data(), rows, static_cast<int>(table.size(1))};
+}
+
+void arena_effective_weight_(Tensor effective, const Tensor& weight, const Tensor& mask, const OptionalTensor& noise,
+                             const Tensor& table, std::vector<int64_t> layers) {
+  const Device device(weight);
+  maskops::arena_effective_weight(arena_table(table, layers), view(effective), view(weight), view(mask), view(noise),
+                                  device.stream());
+}
+
+Tensor arena_mask_grad(const Tensor& grad, const Tensor& weight, const Tensor& mask, const Tensor& table,
+                       std::vector<int64_t> layers) {
+  const Device device(weight);
+  Tensor grads = empty_like(mask, mask.scalar_type());
+  torch::stable::zero_(grads);
+  maskops::arena_mask_grad(arena_table(table, layers), view(grads), view(grad), view(weight), device.stream());
+  return grads;
+}
+
 void noise_step_(Tensor noise, const Tensor& grad, const OptionalTensor& weight, double step_size, double bound) {
   const Device device(noise);
   maskops::noise_step(view(noise), view(grad), view(weight), static_cast<float>(step_size), static_cast<float>(bound),
@@ -72,9 +148,20 @@ void noise_step_(Tensor noise, const Tensor& grad, const OptionalTensor& weight,
 }  // namespace
 
 STABLE_TORCH_LIBRARY(maskops_cuda, library) {
+  library.def("effective_weight(Tensor weight, Tensor mask, Tensor? noise, ScalarType dtype) -> Tensor");
+  library.def(
+      "effective_weight_backward(Tensor grad, Tensor weight, Tensor mask, Tensor? noise, bool[3] needs) -> Tensor[]");
+  library.def(
+      "arena_effective_weight_(Tensor(a!) effective, Tensor weight, Tensor mask, Tensor? noise, Tensor table, "
+      "int[] layers) -> ()");
+  library.def("arena_mask_grad(Tensor grad, Tensor weight, Tensor mask, Tensor table, int[] layers) -> Tensor");
   library.def("noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maskops_cuda, MASKOPS_DISPATCH_KEY, library) {
+  library.impl("effective_weight", TORCH_BOX(&effective_weight));
+  library.impl("effective_weight_backward", TORCH_BOX(&effective_weight_backward));
+  library.impl("arena_effective_weight_", TORCH_BOX(&arena_effective_weight_));
+  library.impl("arena_mask_grad", TORCH_BOX(&arena_mask_grad));
   library.impl("noise_step_", TORCH_BOX(&noise_step_));
 }

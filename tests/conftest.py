@@ -2,11 +2,10 @@ import os
 from collections import Counter
 from importlib.util import find_spec
 
+import cuda_emulator
 import pytest
 import torch
 from hypothesis import settings
-
-import cuda_emulator
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

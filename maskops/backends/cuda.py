@@ -17,6 +17,10 @@ _MOST_DIMENSIONS = 5
 
 _ops = torch.ops.maskops_cuda
 
+effective_weight = _ops.effective_weight.default
+effective_weight_backward = _ops.effective_weight_backward.default
+arena_effective_weight_ = _ops.arena_effective_weight_.default
+arena_mask_grad = _ops.arena_mask_grad.default
 noise_step_ = _ops.noise_step_.default
 
 
