@@ -43,7 +43,17 @@ def test_script_runs_every_part(tmp_path):
     run = run_script(tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     log = (tmp_path / "out" / "log.txt").read_text()
-    for part in ("machine", "extension", "build", "tests-0", "tests-2", "compile-resnet18-float32", "compile-ops", "ops", "awm"):
+    for part in (
+        "machine",
+        "extension",
+        "build",
+        "tests-0",
+        "tests-2",
+        "compile-resnet18-float32",
+        "compile-ops",
+        "ops",
+        "awm",
+    ):
         assert f"== {part}: exit 0" in run.stdout and f"==== {part}\n" in log
     assert "benchmarks.shard 2/3" in log and "tests-3" not in log
     assert "== tests-1: exit 0 after 0 s (limit 230); 3 passed in 1s" in run.stdout

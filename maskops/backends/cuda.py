@@ -19,6 +19,8 @@ _ops = torch.ops.maskops_cuda
 
 effective_weight = _ops.effective_weight.default
 effective_weight_backward = _ops.effective_weight_backward.default
+effective_weights = _ops.effective_weights.default
+effective_weights_backward = _ops.effective_weights_backward.default
 arena_effective_weight_ = _ops.arena_effective_weight_.default
 arena_mask_grad = _ops.arena_mask_grad.default
 noise_step_ = _ops.noise_step_.default
