@@ -20,6 +20,7 @@ test: $(VENV)/installed-$(EXTRAS)
 lint: $(VENV)/installed-$(EXTRAS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	cd $(ROOT) && $(VENV)/bin/clang-format --dry-run -Werror csrc/* tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp
 
 # Builds the wheel without isolation, so with the torch of .venv, installs it in an empty folder and imports it from there.
 build: $(VENV)/installed-$(EXTRAS)
