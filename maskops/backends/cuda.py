@@ -17,6 +17,9 @@ _MOST_DIMENSIONS = 5
 
 _ops = torch.ops.maskops_cuda
 
+mask_adam_step_ = _ops.mask_adam_step_.default
+mask_adam8bit_step_ = _ops.mask_adam8bit_step_.default
+mask_sgd_step_ = _ops.mask_sgd_step_.default
 noise_step_ = _ops.noise_step_.default
 
 
