@@ -16,7 +16,8 @@ constexpr int tree_codes = 256;
 
 // What a code is looked up in: half as many magnitudes where codes have a sign.
 //
-// The code of a magnitude is the number of midpoints between codes' values below it. The leading bits of the float say
+// The code of a magnitude is the number of midpoints between codes' values below it; of those without a sign the first is
+// 0, because no second moment above 0 may become 0. The leading bits of the float say
 // all of these but for two at most, with which it is compared.
 template <bool is_signed>
 struct DynamicTree {
@@ -46,6 +47,7 @@ struct DynamicTree {
     for (int i = 0; i < magnitudes; ++i) tree.values[zero + i] = static_cast<float>(above[i]);
     for (int i = 1; i <= zero; ++i) tree.values[zero - i] = static_cast<float>(-above[i]);
     for (int i = 0; i + 1 < magnitudes; ++i) tree.midpoints[i] = static_cast<float>((above[i] + above[i + 1]) / 2);
+    if (!is_signed) tree.midpoints[0] = 0;
     tree.midpoints[magnitudes - 1] = tree.midpoints[magnitudes] = 4;  // above all magnitudes
     int below = 0;
     double power = 1;
@@ -53,18 +55,18 @@ struct DynamicTree {
     for (int bin = 0; bin < bins; ++bin) {
       const double start = power * (1 + bin % (1 << bits) / static_cast<double>(1 << bits));
       while (tree.midpoints[below] < start) ++below;
-      tree.starts[bin] = static_cast<uint8_t>(below);
+      tree.starts[bin] = static_cast<uint8_t>(bin > 0 ? below : 0);  // what is below the first bin is taken for in it
       if ((bin + 1) % (1 << bits) == 0) power *= 2;
     }
     return tree;
   }
 
-  // Whether a bin holds no more midpoints than the code is compared with, and the first one none below it.
+  // Whether no bin holds more midpoints than a magnitude is compared with.
   constexpr bool is_sound() const {
     for (int bin = 0; bin + 1 < bins; ++bin) {
       if (starts[bin + 1] - starts[bin] > 2) return false;
     }
-    return starts[0] == 0 && magnitudes - 1 - starts[bins - 1] <= 2;
+    return magnitudes - 1 - starts[bins - 1] <= 2;
   }
 
   // The code of the nearest value, and the lower one of two as near. -1 is as good as the value next to it.

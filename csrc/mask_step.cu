@@ -255,7 +255,7 @@ __device__ void store_each(const Operand& operand, const Space& space, int64_t i
 }
 
 // Adam with moments of eight bits: a warp takes a block of entries that share a scale.
-__global__ void __launch_bounds__(elementwise_threads, 3)
+__global__ void __launch_bounds__(elementwise_threads, 2)
     adam8bit(const Space space, bool flat, MaskStep step, EightBits exp_avg, EightBits exp_avg_sq, Adam adam,
              AdamScales scales_at_hand, const AdamScales* scales_stored) {
   static_assert(scaled_block == 32 * eight);

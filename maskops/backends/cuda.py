@@ -28,6 +28,8 @@ def why_not(op: str, *tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dim() == 0 and op.startswith("mask_") and tensor is not tensors[0]:
             continue  # the learning rate, the step count or a bound, of any dtype, and maybe on the CPU
+        if op in ("mask_adam_step_", "mask_sgd_step_") and not tensor.dtype.is_floating_point:
+            return f"its mask steps take floating dtypes, not {tensor.dtype}"
         if tensor.dtype == torch.float64:
             return "CUDA kernels compute in float32"
         if tensor.dim() > _MOST_DIMENSIONS:

@@ -19,7 +19,8 @@ def mask_adam8bit_step_(
 
     Block-wise dynamic quantisation (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 2.2):
     a scale is the block's largest magnitude, a code the nearest of 256 numbers. This step is taken with the new moments
-    as they are; the next one starts from what the codes keep of them.
+    as they are; the next one starts from what the codes keep of them. Other than in the paper, a second moment above 0
+    has a code above 0's: else masks of small gradients, whose first moment is kept, would be divided by ``eps``.
     """
     dtype = torch.promote_types(mask.dtype, torch.float32)
     step_size, correction = count_and_scale(step, lr, beta1, beta2)
@@ -55,6 +56,8 @@ def quantise_(codes: Tensor, scale: Tensor, values: Tensor, signed: bool) -> Non
     shares = blocks * (1 / scale.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(1)
     numbers = code_values(signed, codes.device).double()
     between = ((numbers[1:] + numbers[:-1]) / 2).float()
+    if not signed:
+        between[0] = 0  # what is above 0 stays above 0
     codes.copy_(torch.bucketize(shares, between).flatten()[: len(codes)])
 
 
