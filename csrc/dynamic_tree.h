@@ -17,13 +17,13 @@ constexpr int tree_codes = 256;
 // What a code is looked up in: half as many magnitudes where codes have a sign.
 //
 // The code of a magnitude is the number of midpoints between codes' values below it; of those without a sign the first is
-// 0, because no second moment above 0 may become 0. The leading bits of the float say
-// all of these but for two at most, with which it is compared.
+// 0, because no second moment above 0 may become 0. The leading bits of the float say all of these but for two at most,
+// with which it is compared.
 template <bool is_signed>
 struct DynamicTree {
   static constexpr int magnitudes = is_signed ? 129 : 256;
-  static constexpr int zero = is_signed ? 127 : 0;     // the code of 0
-  static constexpr int bits = is_signed ? 5 : 6;       // of a float's fraction that tell its bin
+  static constexpr int zero = is_signed ? 127 : 0;      // the code of 0
+  static constexpr int bits = is_signed ? 5 : 6;        // of a float's fraction that tell its bin
   static constexpr int lowest = is_signed ? -22 : -23;  // the exponent of the first bin
   static constexpr int bins = (-lowest << bits) + 1;    // up to 1
   static constexpr uint32_t first_bin = static_cast<uint32_t>(127 + lowest) << bits;

@@ -136,31 +136,34 @@ class MaskAdam(_MaskOptimizer):
                     self.state[mask][name] = state[name].to(mask.device, dtype, copy=True)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
-        state, eight_bits = self.state[key], group["state_bits"] == 8
-        lower = _number(group["lower"])
-        tensors = mask, grad, weight, effective
-        if eight_bits:
-            *tensors, lower = _flattened(*tensors, lower)
+        tensors, lower = (mask, grad, weight, effective), _number(group["lower"])
+        if eight_bits := group["state_bits"] == 8:
+            *tensors, lower_of_each = _flattened(*tensors, lower if lower.dim() else None)
+            lower = lower if lower_of_each is None else lower_of_each
+        state = self.state[key]
         if not state:
             device = mask.device if group["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            if eight_bits:
-                for name, dtype in _EIGHT_BITS.items():
-                    entries = mask.numel() if dtype == torch.uint8 else -(-mask.numel() // _BLOCK)
-                    state[name] = torch.zeros(entries, dtype=dtype, device=mask.device)
-            else:
-                state["exp_avg"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(mask, memory_format=torch.preserve_format)
-        step = _ops.mask_adam8bit_step_ if eight_bits else _ops.mask_adam_step_
+            state.update(_moments_of_eight_bits(mask) if eight_bits else _moments(mask))
+        op = _ops.mask_adam8bit_step_ if eight_bits else _ops.mask_adam_step_
         moments = (state[name] for name in (_EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")))
-        step(
+        op(
             *(*tensors, *moments, state["step"], _number(group["lr"]), *group["betas"], group["eps"]),
             *(group["l1"], group["toward"], lower, group["upper"]),
         )
 
 
+def _moments(mask: Tensor) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(mask, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+
+
+def _moments_of_eight_bits(mask: Tensor) -> dict[str, Tensor]:
+    entries = {torch.uint8: mask.numel(), torch.float32: -(-mask.numel() // _BLOCK)}
+    return {name: torch.zeros(entries[dtype], dtype=dtype, device=mask.device) for name, dtype in _EIGHT_BITS.items()}
+
+
 def _flattened(mask: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """The mask as it lies in memory, and the others in that order of entries; Nones and numbers are as they were."""
+    """The mask as it lies in memory, and the others in that order of entries; Nones are as they were."""
     order = sorted(range(mask.dim()), key=lambda d: (mask.stride(d), mask.shape[d]), reverse=True)
     if not mask.permute(order).is_contiguous():
         raise ValueError(
@@ -168,8 +171,7 @@ def _flattened(mask: Tensor, *others: Tensor | None) -> list[Tensor | None]:
             f"got shape {tuple(mask.shape)} and strides {mask.stride()}"
         )
     return [
-        tensor if tensor is None or tensor.dim() == 0 else tensor.expand(mask.shape).permute(order).reshape(-1)
-        for tensor in (mask, *others)
+        None if tensor is None else tensor.expand(mask.shape).permute(order).reshape(-1) for tensor in (mask, *others)
     ]
 
 

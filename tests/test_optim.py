@@ -288,6 +288,13 @@ def test_eight_bits_of_state_over_an_arena():
         assert torch.equal(arenas[0].effective_weights[name].detach(), weights[name] * mask)
 
 
+def test_eight_bits_of_state_for_a_lone_number():
+    mask = nn.Parameter(torch.ones(()))
+    mask.grad = torch.ones(())
+    MaskAdam([mask], lr=0.1, state_bits=8).step()
+    torch.testing.assert_close(mask.detach(), torch.tensor(0.9))
+
+
 def test_eight_bits_of_state_need_masks_that_fill_their_memory():
     mask = nn.Parameter(torch.ones(6, 4)[:, ::2])
     mask.grad = torch.ones(6, 2)
