@@ -191,7 +191,11 @@ __global__ void __launch_bounds__(elementwise_threads, 4) elementwise(const Spac
   for (int64_t index = thread * width; index < whole; index += threads * width) {
     step.template at<width>(space, index);
   }
-  if (width > 1 && thread < space.count - whole) step.template at<1>(space, whole + thread);
+  if (width > 1 && thread < space.count - whole) {
+    Space line = space;
+    line.dimensions = 1;  // which the compiler then knows
+    step.template at<1>(line, whole + thread);
+  }
   step.finish();
 }
 

@@ -47,9 +47,18 @@ struct MaskStep {
     return mask_gradient(m, weight ? g * w : g, l1, toward);
   }
 
-  // The bounds of the masks, what the masks' dtype keeps of them, and the effective weights, in place of the weights.
   template <int width>
-  __device__ void finish_entries(float (&m)[width], float (&w)[width], const float (&low)[width], int present) {
+  __device__ void finish_entries(const Space& space, int64_t index, float (&m)[width], float (&w)[width]) {
+    float low[width];  // fetched late, for there seldom are any, and registers are short
+    unpack(fetch<width>(lower_of_each, space, index), lower_of_each.dtype, low);
+    apply_bounds(m, w, low, width);
+    put(mask, space, index, m);
+    put(effective, space, index, w);
+  }
+
+  // The masks within their bounds, as their dtype keeps them, and the effective weights in place of the weights.
+  template <int width>
+  __device__ void apply_bounds(float (&m)[width], float (&w)[width], const float (&low)[width], int present) {
     const float low_of_all = lower_of_each ? 0.0f : lower.value();
 #pragma unroll
     for (int k = 0; k < width; ++k) {
@@ -90,10 +99,9 @@ struct AdamStep : MaskStep {
     const Packed<width> mask_bits = fetch<width>(mask, space, index), grad_bits = fetch<width>(grad, space, index),
                         weight_bits = fetch<width>(weight, space, index),
                         first_bits = fetch<width>(exp_avg, space, index),
-                        second_bits = fetch<width>(exp_avg_sq, space, index),
-                        low_bits = fetch<width>(lower_of_each, space, index);
+                        second_bits = fetch<width>(exp_avg_sq, space, index);
     const AdamScales scales = scales_stored ? *scales_stored : scales_at_hand;
-    float m[width], g[width], w[width], first[width], second[width], low[width];
+    float m[width], g[width], w[width], first[width], second[width];
     unpack(mask_bits, mask.dtype, m);
     unpack(grad_bits, grad.dtype, g);
     unpack(weight_bits, weight.dtype, w);
@@ -106,10 +114,7 @@ struct AdamStep : MaskStep {
     }
     put(exp_avg, space, index, first);
     put(exp_avg_sq, space, index, second);
-    unpack(low_bits, lower_of_each.dtype, low);
-    finish_entries(m, w, low, width);
-    put(mask, space, index, m);
-    put(effective, space, index, w);
+    finish_entries(space, index, m, w);
   }
 };
 
@@ -125,25 +130,21 @@ struct SgdStep : MaskStep {
   __device__ void at(const Space& space, int64_t index) {
     const Packed<width> mask_bits = fetch<width>(mask, space, index), grad_bits = fetch<width>(grad, space, index),
                         weight_bits = fetch<width>(weight, space, index),
-                        buffer_bits = fetch<width>(buffer, space, index),
-                        low_bits = fetch<width>(lower_of_each, space, index);
+                        buffer_bits = fetch<width>(buffer, space, index);
     const float rate = lr.value();
-    float m[width], g[width], w[width], low[width];
+    float m[width], g[width], w[width], velocity[width];
     unpack(mask_bits, mask.dtype, m);
     unpack(grad_bits, grad.dtype, g);
     unpack(weight_bits, weight.dtype, w);
-    unpack(buffer_bits, buffer.dtype, low);  // the bounds come when the momentum is done with
+    unpack(buffer_bits, buffer.dtype, velocity);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       g[k] = gradient(m[k], g[k], w[k]);
-      if (buffer) g[k] = momentum_step(low[k], g[k], momentum);
+      if (buffer) g[k] = momentum_step(velocity[k], g[k], momentum);
       m[k] = sgd_step(m[k], g[k], rate);
     }
     put(buffer, space, index, g);
-    unpack(low_bits, lower_of_each.dtype, low);
-    finish_entries(m, w, low, width);
-    put(mask, space, index, m);
-    put(effective, space, index, w);
+    finish_entries(space, index, m, w);
   }
 };
 
@@ -256,13 +257,14 @@ __device__ void store_each(const Operand& operand, const Space& space, int64_t i
 
 // Adam with moments of eight bits: a warp takes a block of entries that share a scale.
 __global__ void __launch_bounds__(elementwise_threads, 2)
-    adam8bit(const Space space, bool flat, MaskStep step, EightBits exp_avg, EightBits exp_avg_sq, Adam adam,
+    adam8bit(Space space, bool flat, MaskStep step, EightBits exp_avg, EightBits exp_avg_sq, Adam adam,
              AdamScales scales_at_hand, const AdamScales* scales_stored) {
   static_assert(scaled_block == 32 * eight);
   __shared__ DynamicTree<true> first_tree;
   __shared__ DynamicTree<false> second_tree;
   __shared__ Staged staged_by_warps[warps];
   Staged& staged = staged_by_warps[threadIdx.x / 32];
+  space.dimensions = 1;  // which the compiler then knows
   copy_table(first_tree, signed_tree);
   copy_table(second_tree, unsigned_tree);
   __syncthreads();
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(elementwise_threads, 2)
     } else if (step.lower_of_each) {
       load_each(step.lower_of_each, space, index, staged, low);
     }
-    step.finish_entries(m, w, low, present);
+    step.apply_bounds(m, w, low, present);
     if (together) {
       put(step.mask, space, index, m);
       put(step.effective, space, index, w);
