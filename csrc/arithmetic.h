@@ -7,15 +7,58 @@
 
 namespace maskops {
 
-// 1, 0 or -1; NaN of NaN.
-__host__ __device__ inline float sign(float value) {
-  return value > 0 ? 1.0f : value < 0 ? -1.0f : value == 0 ? 0.0f : value;
-}
+// 1, 0 or -1; 0 of NaN, as torch has it.
+__host__ __device__ inline float sign(float value) { return value > 0 ? 1.0f : value < 0 ? -1.0f : 0.0f; }
 
 // Into [low, high]; NaN stays.
 __host__ __device__ inline float clamp(float value, float low, float high) {
   return value < low ? low : value > high ? high : value;
 }
+
+// Into [low, high]; NaN stays, and low wins over high.
+__host__ __device__ inline float into_bounds(float value, float low, float high) {
+  value = value > high ? high : value;
+  return value >= low || value != value ? value : low;
+}
+
+// The mask's gradient with that of l1 * |mask - toward|.
+__host__ __device__ inline float mask_gradient(float mask, float grad, float l1, float toward) {
+  return l1 == 0 ? grad : grad + l1 * sign(mask - toward);
+}
+
+// Adam's numbers, the complements of the betas rounded once.
+struct Adam {
+  float beta1, beta2, complement1, complement2, eps;
+
+  Adam(double beta1, double beta2, double eps)
+      : beta1(static_cast<float>(beta1)), beta2(static_cast<float>(beta2)), complement1(static_cast<float>(1 - beta1)),
+        complement2(static_cast<float>(1 - beta2)), eps(static_cast<float>(eps)) {}
+};
+
+// What a step's count makes of the learning rate and of the second moments' roots: the bias corrections.
+struct AdamScales {
+  float step_size, root_scale;
+};
+
+__host__ __device__ inline AdamScales adam_scales(double count, double lr, double beta1, double beta2) {
+  return {static_cast<float>(lr / (1 - pow(beta1, count))), static_cast<float>(1 / sqrt(1 - pow(beta2, count)))};
+}
+
+__host__ __device__ inline void average_moments(float grad, const Adam& adam, float& first, float& second) {
+  // the branches of torch.lerp
+  first = adam.complement1 < 0.5f ? first + adam.complement1 * (grad - first) : grad - (grad - first) * adam.beta1;
+  second = second * adam.beta2 + adam.complement2 * grad * grad;
+}
+
+__host__ __device__ inline float adam_step(float mask, float first, float second, float eps, AdamScales scales) {
+  return mask - first / (sqrtf(second) * scales.root_scale + eps) * scales.step_size;
+}
+
+__host__ __device__ inline float momentum_step(float buffer, float grad, float momentum) {
+  return buffer * momentum + grad;
+}
+
+__host__ __device__ inline float sgd_step(float mask, float step, float lr) { return mask - step * lr; }
 
 __host__ __device__ inline float noise_step(float noise, float grad, float step_size, float bound) {
   return clamp(noise + step_size * sign(grad), -bound, bound);

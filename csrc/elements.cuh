@@ -2,7 +2,8 @@
 //
 // The dtype is read at run time: such a kernel waits for memory, not for a branch that all threads take alike, and so
 // one kernel serves all combinations. What a thread loads stays packed until all its loads are under way. Tensors that
-// lie in memory alike are taken eight elements at a time, others one by one.
+// lie in memory alike are taken eight elements at a time, or four where a step has so many of them that eight of each would
+// not fit into the registers; others one by one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,6 +14,7 @@
 
 namespace maskops {
 
+constexpr int four = 4;
 constexpr int eight = 8;
 constexpr int elementwise_threads = 256;
 
@@ -106,6 +108,11 @@ struct Packed<1> {
 };
 
 template <>
+struct Packed<four> {
+  uint4 low;
+};
+
+template <>
 struct Packed<eight> {
   uint4 low, high;
 };
@@ -123,7 +130,17 @@ __device__ Packed<width> fetch(const Operand& operand, const Space& space, int64
     }
   } else {
     const char* at = operand.data + index * bytes_of(operand.dtype);
-    if (operand.dtype == DType::uint8) {
+    if constexpr (width == four) {
+      if (operand.dtype == DType::float32) {
+        packed.low = *reinterpret_cast<const uint4*>(at);
+      } else if (operand.dtype == DType::uint8) {
+        packed.low.x = *reinterpret_cast<const uint32_t*>(at);
+      } else {
+        const uint2 words = *reinterpret_cast<const uint2*>(at);
+        packed.low.x = words.x;
+        packed.low.y = words.y;
+      }
+    } else if (operand.dtype == DType::uint8) {
       const uint2 bytes = *reinterpret_cast<const uint2*>(at);
       packed.low.x = bytes.x;
       packed.low.y = bytes.y;
@@ -140,11 +157,13 @@ __device__ void unpack(const Packed<width>& packed, DType dtype, float (&values)
   if constexpr (width == 1) {
     values[0] = to_float(packed.bits, dtype);
   } else {
-    const uint32_t words[eight] = {packed.low.x,  packed.low.y,  packed.low.z,  packed.low.w,
-                                   packed.high.x, packed.high.y, packed.high.z, packed.high.w};
+    uint32_t words[width] = {packed.low.x, packed.low.y, packed.low.z, packed.low.w};
+    if constexpr (width == eight) {
+      words[4] = packed.high.x, words[5] = packed.high.y, words[6] = packed.high.z, words[7] = packed.high.w;
+    }
     const int to_a_word = 4 / bytes_of(dtype);
 #pragma unroll
-    for (int k = 0; k < eight; ++k) {
+    for (int k = 0; k < width; ++k) {
       if (to_a_word == 1) values[k] = to_float(words[k], dtype);
       if (to_a_word == 2) values[k] = to_float(words[k / 2] >> 16 * (k % 2) & 0xffff, dtype);
       if (to_a_word == 4) values[k] = to_float(words[k / 4] >> 8 * (k % 4) & 0xff, dtype);
@@ -159,30 +178,36 @@ __device__ void put(const Operand& operand, const Space& space, int64_t index, c
   if constexpr (width == 1) {
     store(operand, offset_of(space, operand, index), values[0]);
   } else {
-    uint32_t bits[eight];
+    uint32_t bits[width];
 #pragma unroll
-    for (int k = 0; k < eight; ++k) bits[k] = to_bits(values[k], operand.dtype);
-    uint4* at = reinterpret_cast<uint4*>(operand.data + index * bytes_of(operand.dtype));
+    for (int k = 0; k < width; ++k) bits[k] = to_bits(values[k], operand.dtype);
+    char* at = operand.data + index * bytes_of(operand.dtype);
+    uint4* wide = reinterpret_cast<uint4*>(at);
     if (operand.dtype == DType::float32) {
-      at[0] = {bits[0], bits[1], bits[2], bits[3]};
-      at[1] = {bits[4], bits[5], bits[6], bits[7]};
+      wide[0] = {bits[0], bits[1], bits[2], bits[3]};
+      if constexpr (width == eight) wide[1] = {bits[4], bits[5], bits[6], bits[7]};
+    } else if constexpr (width == eight) {
+      *wide = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16, bits[6] | bits[7] << 16};
     } else {
-      at[0] = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16, bits[6] | bits[7] << 16};
+      *reinterpret_cast<uint2*>(at) = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
     }
   }
 }
 
 // Calls step.at<width>(space, index) for every element once, then step.finish() in every thread.
-template <typename Step, bool flat>
+template <typename Step, int width>
 __global__ void __launch_bounds__(elementwise_threads, 4) elementwise(const Space space, Step step) {
-  constexpr int width = flat ? eight : 1;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * elementwise_threads;
   const int64_t whole = space.count / width * width;
   for (int64_t index = thread * width; index < whole; index += threads * width) {
     step.template at<width>(space, index);
   }
-  if (flat && thread < space.count - whole) step.template at<1>(space, whole + thread);
+  if (width > 1 && thread < space.count - whole) {
+    Space line = space;
+    line.dimensions = 1;  // which the compiler then knows
+    step.template at<1>(line, whole + thread);
+  }
   step.finish();
 }
 
@@ -210,18 +235,20 @@ struct Elementwise {
   }
 
   // So many blocks that each processor has a few, whose threads then take several turns.
+  template <int most = eight>
   unsigned blocks() const {
-    const int64_t of_a_block = elementwise_threads * (flat ? eight : 1);
+    const int64_t of_a_block = elementwise_threads * (flat ? most : 1);
     return static_cast<unsigned>(std::min((space.count + of_a_block - 1) / of_a_block, int64_t{8} * processors()));
   }
 
-  template <typename Step>
+  // As many elements at a time as `most` says, where that can be done.
+  template <int most = eight, typename Step>
   void run(const Step& step, cudaStream_t stream) const {
-    const Launch how = {dim3(blocks()), dim3(elementwise_threads), stream};
+    const Launch how = {dim3(blocks<most>()), dim3(elementwise_threads), stream};
     if (flat) {
-      launch<elementwise<Step, true>>(how, space, step);
+      launch<elementwise<Step, most>>(how, space, step);
     } else {
-      launch<elementwise<Step, false>>(how, space, step);
+      launch<elementwise<Step, 1>>(how, space, step);
     }
   }
 };

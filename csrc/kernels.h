@@ -30,6 +30,15 @@ struct View {
   }
 };
 
+// A tensor of no dimensions: a number of any dtype, in the device's memory or in the host's.
+struct Number {
+  enum Type : int { float64, float32, float16, bfloat16, int64, int32, int16, int8, uint8 };
+
+  void* data = nullptr;
+  Type type = float64;
+  bool on_host = true;
+};
+
 // One kernel as the driver sees it on the current device.
 struct KernelAttributes {
   std::string name;
@@ -76,6 +85,36 @@ void arena_effective_weight(const ArenaTable& table, const View& effective, cons
 // factor_grad of all layers of flat buffers; nothing is written between the layers.
 void arena_mask_grad(const ArenaTable& table, const View& grads, const View& grad, const View& weight,
                      cudaStream_t stream);
+
+// What every mask step takes. Views that are missing: a weight, whose gradient `grad` then isn't, an effective weight to
+// write, lower bounds of each entry, for which `lower` else stands, and totals.
+struct MaskStepArguments {
+  View mask, grad, weight, effective;
+  double l1, toward;
+  Number lower;
+  View lower_of_each;
+  double upper;
+  View totals;
+  double* workspace;  // of mask_step_workspace() entries, where there are totals or where a step or lr is on the device
+};
+
+struct AdamArguments {
+  Number step, lr;
+  double beta1, beta2, eps;
+};
+
+// Entries of the blocks that have a scale of their own in eight-bit states.
+constexpr int scaled_block = 256;
+
+int64_t mask_step_workspace();
+void mask_adam_step(const MaskStepArguments& arguments, const View& exp_avg, const View& exp_avg_sq,
+                    const AdamArguments& adam, cudaStream_t stream);
+void mask_sgd_step(const MaskStepArguments& arguments, const View& momentum_buffer, const Number& lr, double momentum,
+                   cudaStream_t stream);
+// Over tensors of one dimension.
+void mask_adam8bit_step(const MaskStepArguments& arguments, const View& exp_avg, const View& exp_avg_scale,
+                        const View& exp_avg_sq, const View& exp_avg_sq_scale, const AdamArguments& adam,
+                        cudaStream_t stream);
 
 // noise + step_size * sign(grad * weight), then into [-bound, bound]. Without a weight: of grad alone.
 void noise_step(const View& noise, const View& grad, const View& weight, float step_size, float bound,

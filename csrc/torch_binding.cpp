@@ -50,6 +50,33 @@ View view(const Tensor& tensor) {
 
 View view(const OptionalTensor& tensor) { return tensor ? view(*tensor) : View(); }
 
+maskops::Number::Type number_type_of(const Tensor& tensor) {
+  using Number = maskops::Number;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Number::float64;
+    case ScalarType::Float: return Number::float32;
+    case ScalarType::Half: return Number::float16;
+    case ScalarType::BFloat16: return Number::bfloat16;
+    case ScalarType::Long: return Number::int64;
+    case ScalarType::Int: return Number::int32;
+    case ScalarType::Short: return Number::int16;
+    case ScalarType::Char: return Number::int8;
+    case ScalarType::Byte:
+    case ScalarType::Bool: return Number::uint8;
+    default: STD_TORCH_CHECK(false, "expected a real number"); return Number::float64;
+  }
+}
+
+// A tensor of one entry.
+maskops::Number number(const Tensor& tensor) {
+#ifdef CUDA_EMULATOR
+  const bool on_host = !emulator::is_device_memory(tensor.data_ptr());
+#else
+  const bool on_host = tensor.is_cpu();
+#endif
+  return {tensor.data_ptr(), number_type_of(tensor), on_host};
+}
+
 // The device of a tensor made the current one, and its current stream.
 class Device {
  public:
@@ -181,6 +208,66 @@ Tensor arena_mask_grad(const Tensor& grad, const Tensor& weight, const Tensor& m
   return grads;
 }
 
+// What all mask steps share, and the memory that it needs.
+struct MaskStep {
+  maskops::MaskStepArguments arguments;
+  OptionalTensor workspace;
+
+  MaskStep(const Tensor& mask, const Tensor& grad, const OptionalTensor& weight, const OptionalTensor& effective,
+           double l1, double toward, const Tensor& lower, double upper, const OptionalTensor& totals)
+      : arguments{view(mask), view(grad), view(weight), view(effective), l1, toward, {}, {}, upper, view(totals),
+                  nullptr} {
+    if (lower.numel() == 1) {
+      arguments.lower = number(lower);
+    } else {
+      arguments.lower_of_each = view(lower);
+    }
+    if (totals) make_workspace(mask);
+  }
+
+  maskops::AdamArguments adam(const Tensor& mask, const Tensor& step, const Tensor& lr, double beta1, double beta2,
+                              double eps) {
+    const maskops::AdamArguments result = {number(step), number(lr), beta1, beta2, eps};
+    if (!result.step.on_host || !result.lr.on_host) make_workspace(mask);
+    return result;
+  }
+
+ private:
+  void make_workspace(const Tensor& mask) {
+    if (workspace) return;
+    workspace = torch::stable::new_empty(mask, {maskops::mask_step_workspace()}, ScalarType::Double);
+    arguments.workspace = static_cast<double*>(workspace->data_ptr());
+  }
+};
+
+void mask_adam_step_(Tensor mask, const Tensor& grad, const OptionalTensor& weight, OptionalTensor effective,
+                     Tensor exp_avg, Tensor exp_avg_sq, Tensor step, const Tensor& lr, double beta1, double beta2,
+                     double eps, double l1, double toward, const Tensor& lower, double upper, OptionalTensor totals) {
+  const Device device(mask);
+  MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals);
+  const maskops::AdamArguments adam = all.adam(mask, step, lr, beta1, beta2, eps);
+  maskops::mask_adam_step(all.arguments, view(exp_avg), view(exp_avg_sq), adam, device.stream());
+}
+
+void mask_adam8bit_step_(Tensor mask, const Tensor& grad, const OptionalTensor& weight, OptionalTensor effective,
+                         Tensor exp_avg, Tensor exp_avg_scale, Tensor exp_avg_sq, Tensor exp_avg_sq_scale, Tensor step,
+                         const Tensor& lr, double beta1, double beta2, double eps, double l1, double toward,
+                         const Tensor& lower, double upper, OptionalTensor totals) {
+  const Device device(mask);
+  MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals);
+  const maskops::AdamArguments adam = all.adam(mask, step, lr, beta1, beta2, eps);
+  maskops::mask_adam8bit_step(all.arguments, view(exp_avg), view(exp_avg_scale), view(exp_avg_sq),
+                              view(exp_avg_sq_scale), adam, device.stream());
+}
+
+void mask_sgd_step_(Tensor mask, const Tensor& grad, const OptionalTensor& weight, OptionalTensor effective,
+                    OptionalTensor momentum_buffer, const Tensor& lr, double momentum, double l1, double toward,
+                    const Tensor& lower, double upper, OptionalTensor totals) {
+  const Device device(mask);
+  const MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals);
+  maskops::mask_sgd_step(all.arguments, view(momentum_buffer), number(lr), momentum, device.stream());
+}
+
 void noise_step_(Tensor noise, const Tensor& grad, const OptionalTensor& weight, double step_size, double bound) {
   const Device device(noise);
   maskops::noise_step(view(noise), view(grad), view(weight), static_cast<float>(step_size), static_cast<float>(bound),
@@ -203,6 +290,19 @@ STABLE_TORCH_LIBRARY(maskops_cuda, library) {
       "arena_effective_weight_(Tensor(a!) effective, Tensor weight, Tensor mask, Tensor? noise, Tensor table, "
       "int[] layers) -> ()");
   library.def("arena_mask_grad(Tensor grad, Tensor weight, Tensor mask, Tensor table, int[] layers) -> Tensor");
+  library.def(
+      "mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
+      "Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float l1, float toward, "
+      "Tensor lower, float upper, Tensor(f!)? totals=None) -> ()");
+  library.def(
+      "mask_adam8bit_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
+      "Tensor(d!) exp_avg_scale, Tensor(e!) exp_avg_sq, Tensor(f!) exp_avg_sq_scale, Tensor(g!) step, Tensor lr, "
+      "float beta1, float beta2, float eps, float l1, float toward, Tensor lower, float upper, "
+      "Tensor(h!)? totals=None) -> ()");
+  library.def(
+      "mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, "
+      "Tensor(c!)? momentum_buffer, Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper, "
+      "Tensor(d!)? totals=None) -> ()");
   library.def("noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()");
 }
 
@@ -213,5 +313,8 @@ STABLE_TORCH_LIBRARY_IMPL(maskops_cuda, MASKOPS_DISPATCH_KEY, library) {
   library.impl("effective_weights_backward", TORCH_BOX(&effective_weights_backward));
   library.impl("arena_effective_weight_", TORCH_BOX(&arena_effective_weight_));
   library.impl("arena_mask_grad", TORCH_BOX(&arena_mask_grad));
+  library.impl("mask_adam_step_", TORCH_BOX(&mask_adam_step_));
+  library.impl("mask_adam8bit_step_", TORCH_BOX(&mask_adam8bit_step_));
+  library.impl("mask_sgd_step_", TORCH_BOX(&mask_sgd_step_));
   library.impl("noise_step_", TORCH_BOX(&noise_step_));
 }

@@ -136,14 +136,15 @@ def captured(step, device):
 
 
 @on_each_device
-def test_mask_step_in_a_cuda_graph_is_the_eager_step(device):
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_mask_step_in_a_cuda_graph_is_the_eager_step(state_bits, device):
     """With a learning rate and gradients that change between the replays, and the count of steps on the device."""
 
     def masks_after_steps(capture):
         arena, noise = arena_on(device)
         rate = torch.tensor(0.1, dtype=torch.float64, device=device)
         lower = torch.tensor(0.2, device=device)
-        optimizer = MaskAdam(arena, lr=rate, l1=0.1, lower=lower, capturable=True)
+        optimizer = MaskAdam(arena, lr=rate, l1=0.1, lower=lower, capturable=True, state_bits=state_bits)
         gradient = torch.zeros_like(arena.grad)
 
         def step():
@@ -166,12 +167,19 @@ def test_mask_step_in_a_cuda_graph_is_the_eager_step(device):
         assert torch.equal(one, other)
 
 
+OPTIMIZERS = {
+    "adam": MaskAdam,
+    "adam of eight bits": partial(MaskAdam, state_bits=8),
+    "sgd": partial(MaskSGD, momentum=0.9),
+}
+
+
 @on_each_device
-@pytest.mark.parametrize("optimizer", [MaskAdam, partial(MaskSGD, momentum=0.9)], ids=["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_mask_step_is_that_of_the_cpu(optimizer, device):
     def masks_after_steps(device):
         arena, noise = arena_on(device)
-        step = optimizer(arena, lr=0.05, l1=0.1)
+        step = OPTIMIZERS[optimizer](arena, lr=0.05, l1=0.1)
         for count in range(3):
             arena.grad.copy_(noise[100 * count :][: len(arena.grad)])
             step.step()

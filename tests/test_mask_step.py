@@ -174,11 +174,12 @@ def test_nan_stays_and_infinity_is_clipped(kind, backend):
 
 @pytest.fixture
 def stored(backend, monkeypatch):
-    """The backend, for which 0-d tensors are on its device: in the interpreter Triton shall read them there too."""
+    """The backend, for which 0-d tensors are on its device: on the CPU its kernels shall read them too."""
     if backend == "triton" and DEVICE == "cpu":
         from maskops.backends.triton import mask_step
 
         monkeypatch.setattr(mask_step, "_on_host", lambda number: False)
+    monkeypatch.setenv("CUDA_EMULATOR_DEVICE_MEMORY", "all")
     return backend
 
 
@@ -198,6 +199,25 @@ def test_steps_with_every_number_on_the_device(stored, beta1, monkeypatch):
     torch.testing.assert_close(found["mask"], stepped("sgd", "reference", given)["mask"])
 
 
+NUMBERS = (torch.float64, F32, F16, BF16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+def test_numbers_of_any_dtype(dtype, where, backend, monkeypatch):
+    device = DEVICE if where == "device" else "cpu"
+    lr, lower = (torch.tensor(value, device=device).to(dtype) for value in (1.0, 0.0))
+    step = torch.tensor(2, device=device).to(dtype if dtype != torch.bool else F32)
+    if where == "device":
+        monkeypatch.setenv("CUDA_EMULATOR_DEVICE_MEMORY", "all")
+    given = tensors((100,))
+    found = stepped("adam", backend, given, lr=lr, step=step, lower=lower)
+    assert step == 3
+    torch.testing.assert_close(found["mask"], stepped("adam", "reference", given, lr=1.0, lower=0.0)["mask"])
+    found = stepped("sgd", backend, given, lr=lr, lower=lower)
+    torch.testing.assert_close(found["mask"], stepped("sgd", "reference", given, lr=1.0, lower=0.0)["mask"])
+
+
 @pytest.mark.parametrize("where", ["step", "lr"])
 def test_one_number_on_the_device_and_one_on_the_host(where, backend, monkeypatch):
     given = tensors((100,))
@@ -208,6 +228,7 @@ def test_one_number_on_the_device_and_one_on_the_host(where, backend, monkeypatc
         monkeypatch.setattr(mask_step, "_on_host", lambda tensor: tensor is not numbers[where])
     else:
         numbers[where] = numbers[where].to(DEVICE)
+        monkeypatch.setenv("CUDA_EMULATOR_DEVICE_MEMORY", str(numbers[where].data_ptr()))
     found = stepped("adam", backend, given, **numbers)
     assert numbers["step"] == 3
     torch.testing.assert_close(found["mask"], stepped("adam", "reference", given)["mask"])

@@ -23,6 +23,12 @@ def layer(weight, *, bias=None, noise=True):
     return made if bias is None else (*made, rand(bias))
 
 
+def eight_bits(entries):
+    """Codes and scales of both moments."""
+    codes, scales = torch.zeros(entries, dtype=torch.uint8, device=DEVICE), rand(-(-entries // 256)).abs()
+    return codes, scales, codes.clone(), scales.clone()
+
+
 def op_arguments():
     """At least one call of every op."""
     x, two, grad = rand(2, 4, 5, 5), rand(2, 4, 5, 5), rand(2, 6, 3, 3)
@@ -109,6 +115,10 @@ def op_arguments():
         "mask_adam_step_": [
             (rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4).abs(), one, lr, *adam),
             (rand(3, 4), rand(3, 4), None, None, rand(3, 4), rand(3, 4).abs(), one, lr, *adam, rand(3)),
+        ],
+        "mask_adam8bit_step_": [
+            (rand(300), rand(300), rand(300), rand(300), *eight_bits(300), one, lr, *adam),
+            (rand(7), rand(7), None, None, *eight_bits(7), one, lr, *adam, rand(3)),
         ],
         "mask_sgd_step_": [
             (rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), rand(3, 4), lr, 0.9, 0.01, 1.0, 0 * one, 1.0),

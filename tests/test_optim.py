@@ -159,12 +159,15 @@ def test_each_layer_can_have_its_own_lower_bound():
     )
 
 
-@pytest.mark.parametrize("kind", ["adam", "sgd", "capturable"])
-def test_state_dict_resumes_to_the_same_masks(kind):
-    def make(kind, masks):
-        return MaskAdam(masks, lr=0.05, capturable=True) if kind == "capturable" else globals()["make"](kind, masks)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["adam", "sgd", "capturable", "eight bits"])
+def test_state_dict_resumes_to_the_same_masks(kind, dtype):
+    options = {"capturable": {"capturable": True}, "eight bits": {"state_bits": 8}}
 
-    masks = random_masks(torch.float32)
+    def make(kind, masks):
+        return MaskAdam(masks, lr=0.05, **options[kind]) if kind in options else globals()["make"](kind, masks)
+
+    masks = random_masks(dtype)
     optimizer = make(kind, masks)
 
     def steps(optimizer, masks, seed):
@@ -210,6 +213,97 @@ def test_capturable_takes_the_same_steps_with_everything_in_tensors():
         torch.testing.assert_close(mask, other, rtol=1e-7, atol=1e-9)
 
 
+def bowl(state_bits, steps=300):
+    """Masks after descending a noisy bowl whose curvature differs by entry, and where its bottom is."""
+    torch.manual_seed(0)
+    curvature, bottom = torch.randn(2000).exp(), torch.rand(2000) * 0.6 + 0.2
+    mask = nn.Parameter(torch.ones(2000))
+    optimizer = MaskAdam([mask], lr=0.01, state_bits=state_bits)
+    for _ in range(steps):
+        mask.grad = curvature * (mask.detach() - bottom + 0.1 * torch.randn(2000)) * (torch.rand(2000) < 0.7)
+        optimizer.step()
+    return mask.detach(), bottom
+
+
+def test_eight_bits_of_state_descend_as_far_as_thirty_two():
+    full, bottom = bowl(32)
+    found, _ = bowl(8)
+    assert (full - bottom).abs().mean() < 0.05
+    assert (found - bottom).abs().mean() < 1.1 * (full - bottom).abs().mean()
+    # no mask is thrown away: where a second moment was lost, a step would be as large as the bounds allow
+    assert (found - bottom).abs().max() < 2 * (full - bottom).abs().max()
+
+
+def test_eight_bits_of_state_are_two_bytes_an_entry():
+    for masks in (
+        [nn.Parameter(torch.ones(64, 32, 3, 3))],
+        MaskArena({"a": torch.ones(70000)}, {"a": torch.ones(70000)}),
+    ):
+        optimizer = MaskAdam(masks, state_bits=8)
+        if isinstance(masks, list):
+            masks[0].grad = torch.ones_like(masks[0])
+        optimizer.step()
+        (state,) = optimizer.state.values()
+        entries = optimizer.param_groups[0]["params"][0].numel()
+        assert {name: tensor.dtype for name, tensor in state.items()} == {
+            "step": torch.float32,
+            "exp_avg": torch.uint8,
+            "exp_avg_scale": torch.float32,
+            "exp_avg_sq": torch.uint8,
+            "exp_avg_sq_scale": torch.float32,
+        }
+        assert sum(tensor.nbytes for tensor in state.values()) == 4 + 2 * entries + 8 * -(-entries // 256)
+
+
+def test_eight_bits_of_state_for_masks_in_any_order_of_memory():
+    ordinary = nn.Parameter(torch.rand(5, 16, 4, 4))
+    last = nn.Parameter(ordinary.detach().to(memory_format=torch.channels_last))
+    lower = torch.rand(5, 1, 1, 1) / 2
+    optimizers = [MaskAdam([mask], lr=0.05, l1=0.1, lower=lower, state_bits=8) for mask in (ordinary, last)]
+    full = nn.Parameter(ordinary.detach().clone())
+    optimizers.append(MaskAdam([full], lr=0.05, l1=0.1, lower=lower))
+    for _ in range(3):
+        gradient = torch.randn(5, 16, 4, 4)
+        for mask, optimizer in zip((ordinary, last, full), optimizers, strict=True):
+            mask.grad = gradient.clone()
+            optimizer.step()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    for mask in (ordinary, last):
+        assert (mask >= lower).all()
+        torch.testing.assert_close(mask, full, rtol=0, atol=0.02)
+
+
+def test_eight_bits_of_state_over_an_arena():
+    weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    masks = {name: torch.rand(shape) for name, shape in SHAPES.items()}
+    arenas = [MaskArena(weights, masks) for _ in range(2)]
+    eight, full = MaskAdam(arenas[0], lr=0.05, state_bits=8), MaskAdam(arenas[1], lr=0.05)
+    for _ in range(3):
+        gradient = torch.randn_like(arenas[0].grad)
+        for arena, optimizer in zip(arenas, (eight, full), strict=True):
+            arena.grad.copy_(gradient)
+            optimizer.step()
+    for name, mask in arenas[0].masks.items():
+        torch.testing.assert_close(mask, arenas[1].masks[name], rtol=0, atol=0.02)
+        assert torch.equal(arenas[0].effective_weights[name].detach(), weights[name] * mask)
+
+
+def test_eight_bits_of_state_for_a_lone_number():
+    mask = nn.Parameter(torch.ones(()))
+    mask.grad = torch.ones(())
+    MaskAdam([mask], lr=0.1, state_bits=8).step()
+    torch.testing.assert_close(mask.detach(), torch.tensor(0.9))
+
+
+def test_eight_bits_of_state_need_masks_that_fill_their_memory():
+    mask = nn.Parameter(torch.ones(6, 4)[:, ::2])
+    mask.grad = torch.ones(6, 2)
+    with pytest.raises(ValueError) as error:
+        MaskAdam([mask], state_bits=8).step()
+    expected = "with state_bits=8 a mask must fill its memory; got shape (6, 2) and strides (4, 2)"
+    assert str(error.value) == f"MaskAdam: {expected}"
+
+
 def test_masks_without_a_gradient_stay_and_closures_run():
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = MaskSGD([first, second], lr=0.1)
@@ -239,6 +333,7 @@ def test_masks_without_a_gradient_stay_and_closures_run():
             "MaskArena: the weights must have one dtype and device; got torch.float32 on cpu, torch.float64 on cpu",
         ),
         (lambda masks: MaskAdam(masks, betas=(0.9, 1.0)), "MaskAdam: betas must be in [0, 1); got (0.9, 1.0)"),
+        (lambda masks: MaskAdam(masks, state_bits=4), "MaskAdam: state_bits must be 8 or 32; got 4"),
         (lambda masks: MaskSGD(masks, momentum=1.0), "MaskSGD: momentum must be in [0, 1); got 1.0"),
         (lambda masks: MaskArena({}, {}), "MaskArena: expected one mask per weight; got weights [] and masks []"),
         (

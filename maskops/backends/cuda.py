@@ -23,6 +23,9 @@ effective_weights = _ops.effective_weights.default
 effective_weights_backward = _ops.effective_weights_backward.default
 arena_effective_weight_ = _ops.arena_effective_weight_.default
 arena_mask_grad = _ops.arena_mask_grad.default
+mask_adam_step_ = _ops.mask_adam_step_.default
+mask_adam8bit_step_ = _ops.mask_adam8bit_step_.default
+mask_sgd_step_ = _ops.mask_sgd_step_.default
 noise_step_ = _ops.noise_step_.default
 
 
@@ -31,6 +34,8 @@ def why_not(op: str, *tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.dim() == 0 and op.startswith("mask_") and tensor is not tensors[0]:
             continue  # the learning rate, the step count or a bound, of any dtype, and maybe on the CPU
+        if op in ("mask_adam_step_", "mask_sgd_step_") and not tensor.dtype.is_floating_point:
+            return f"its mask steps take floating dtypes, not {tensor.dtype}"
         if tensor.dtype == torch.float64:
             return "CUDA kernels compute in float32"
         if tensor.dim() > _MOST_DIMENSIONS:

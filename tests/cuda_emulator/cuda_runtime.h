@@ -3,7 +3,8 @@
 // The threads of a block are fibers, which run in turns from one barrier to the next; the blocks run one after the
 // other, those of a cluster or of a cooperative launch together. With CUDA_EMULATOR_REVERSED=1 threads and blocks run in
 // the opposite order: a missing barrier then gives another result. A __shared__ variable is a static one, so kernels
-// whose blocks run together take their shared memory from the launch.
+// whose blocks run together take their shared memory from the launch. All memory is the host's but for tensors of one
+// number whose address, or "all", stands in CUDA_EMULATOR_DEVICE_MEMORY: those are left to the kernels to read.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,6 +15,8 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+
+#define CUDA_EMULATOR
 
 #undef __shared__
 #define __shared__ static
@@ -48,6 +51,7 @@ void wait_for(Barrier& barrier, unsigned threads);
 void wait_for_block();
 void wait_for_cluster();
 char* dynamic_shared();
+bool is_device_memory(const void* at);
 unsigned cluster_rank();
 unsigned cluster_size();
 char* shared_of(unsigned rank, const void* own);
@@ -72,6 +76,9 @@ void exchange(unsigned mask, T value, T (&values)[32]) {
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
+
+using std::max;
+using std::min;
 
 inline void __syncthreads() { emulator::wait_for_block(); }
 inline void __threadfence() {}

@@ -136,6 +136,11 @@ char* dynamic_shared() { return reinterpret_cast<char*>(self().block->shared.dat
 unsigned cluster_rank() { return self().block->rank; }
 unsigned cluster_size() { return static_cast<unsigned>(together.size()); }
 
+bool is_device_memory(const void* at) {
+  const char* value = std::getenv("CUDA_EMULATOR_DEVICE_MEMORY");
+  return value && (!std::strcmp(value, "all") || std::strtoull(value, nullptr, 10) == reinterpret_cast<uintptr_t>(at));
+}
+
 char* shared_of(unsigned rank, const void* own) {
   const ptrdiff_t offset = static_cast<const char*>(own) - dynamic_shared();
   return reinterpret_cast<char*>(together[rank]->shared.data()) + offset;

@@ -25,6 +25,7 @@ from maskops.backends.reference.many import (
     many_masked_linear,
     many_masked_linear_backward,
 )
+from maskops.backends.reference.mask_adam8bit import mask_adam8bit_step_
 from maskops.backends.reference.mask_step import mask_adam_step_, mask_sgd_step_, noise_step_
 from maskops.backends.reference.sign_bits import (
     max_pool_winners,
@@ -50,6 +51,7 @@ __all__ = [
     "many_masked_conv_backward",
     "many_masked_linear",
     "many_masked_linear_backward",
+    "mask_adam8bit_step_",
     "mask_adam_step_",
     "mask_sgd_step_",
     "masked_conv",

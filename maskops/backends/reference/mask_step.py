@@ -24,17 +24,15 @@ def mask_adam_step_(
 
     ``step`` counts on the device, so that the step can be captured in a CUDA graph: exactly, up to 2**24 in float32.
     """
-    step += 1
-    count = step.double()
-    step_size, correction = lr / (1 - beta1**count), (1 - beta2**count).sqrt()
+    step_size, correction = count_and_scale(step, lr, beta1, beta2)
     for m, g, w, e, first, second, low in _blocks(mask, grad, weight, effective, exp_avg, exp_avg_sq, lower):
-        g = _mask_grad(m, g, w, l1, toward)
+        g = mask_gradient(m, g, w, l1, toward)
         first.lerp_(g, 1 - beta1)
         second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         m.sub_(first / second.sqrt().div_(correction).add_(eps) * step_size)
-        _clip_and_apply(m, w, e, low, upper)
+        clip_and_apply(m, w, e, low, upper)
     if totals is not None:
-        totals.copy_(_totals(mask, toward, lower, upper))
+        totals.copy_(mask_totals(mask, toward, lower, upper))
 
 
 def mask_sgd_step_(
@@ -42,13 +40,13 @@ def mask_sgd_step_(
 ) -> None:
     """SGD with momentum on ``grad * weight + l1 * sign(mask - toward)``, then clip and effective weight."""
     for m, g, w, e, buffer, low in _blocks(mask, grad, weight, effective, momentum_buffer, lower):
-        g = _mask_grad(m, g, w, l1, toward)
+        g = mask_gradient(m, g, w, l1, toward)
         if buffer is not None:
             g = buffer.mul_(momentum).add_(g)
         m.sub_(g * lr)
-        _clip_and_apply(m, w, e, low, upper)
+        clip_and_apply(m, w, e, low, upper)
     if totals is not None:
-        totals.copy_(_totals(mask, toward, lower, upper))
+        totals.copy_(mask_totals(mask, toward, lower, upper))
 
 
 def noise_step_(noise: Tensor, grad: Tensor, weight: Tensor | None, step_size: float, bound: float) -> None:
@@ -70,7 +68,14 @@ def _blocks(mask: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | Non
     yield from zip(*pieces, strict=True)
 
 
-def _mask_grad(mask: Tensor, grad: Tensor, weight: Tensor | None, l1: float, toward: float) -> Tensor:
+def count_and_scale(step: Tensor, lr: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
+    """The step counted up, and what the bias corrections make of the learning rate and of the second moments' roots."""
+    step += 1
+    count = step.double()
+    return lr / (1 - beta1**count), (1 - beta2**count).sqrt()
+
+
+def mask_gradient(mask: Tensor, grad: Tensor, weight: Tensor | None, l1: float, toward: float) -> Tensor:
     grad = grad.to(mask.dtype)
     if weight is not None:
         grad = grad * weight
@@ -79,13 +84,13 @@ def _mask_grad(mask: Tensor, grad: Tensor, weight: Tensor | None, l1: float, tow
     return grad + l1 * (mask - toward if toward else mask).sign()
 
 
-def _clip_and_apply(mask: Tensor, weight: Tensor | None, effective: Tensor | None, lower: Tensor, upper: float) -> None:
+def clip_and_apply(mask: Tensor, weight: Tensor | None, effective: Tensor | None, lower: Tensor, upper: float) -> None:
     torch.maximum(mask.clamp_(max=upper), lower, out=mask)
     if effective is not None:
         torch.mul(weight, mask, out=effective)
 
 
-def _totals(mask: Tensor, toward: float, lower: Tensor, upper: float) -> Tensor:
+def mask_totals(mask: Tensor, toward: float, lower: Tensor, upper: float) -> Tensor:
     """sum|mask - toward|, and how many entries are at their lower bound and at the upper one."""
     counts = (mask == lower.to(mask.dtype)).sum(), (mask == upper).sum()
     return torch.stack([(mask.double() - toward).abs().sum(), *(count.double() for count in counts)])
