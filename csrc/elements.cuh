@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "arithmetic.h"
 #include "launch.cuh"
 #include "layout.h"
 
@@ -23,7 +24,15 @@ struct Space {
   int64_t count = 0;
 };
 
-// A tensor over that space; without data: one that is missing.
+// The space of a row of entries.
+__host__ __device__ inline Space line(int64_t entries) {
+  Space space;
+  space.dimensions = 1;
+  space.sizes[0] = space.count = entries;
+  return space;
+}
+
+// A tensor over a space; without data: one that is missing.
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::float32;
@@ -34,6 +43,12 @@ struct Operand {
 
 __host__ __device__ inline int bytes_of(DType dtype) {
   return dtype == DType::float32 ? 4 : dtype == DType::uint8 ? 1 : 2;
+}
+
+// The tensor from that many elements on.
+__host__ __device__ inline Operand moved_by(Operand operand, int64_t elements) {
+  operand.data += elements * bytes_of(operand.dtype);
+  return operand;
 }
 
 // Where in a tensor the index lies, counted in elements.
@@ -62,7 +77,7 @@ __host__ __device__ inline float to_float(uint32_t bits, DType dtype) {
   }
   if (dtype == DType::float16) return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
   if (dtype == DType::bfloat16) return __bfloat162float(__ushort_as_bfloat16(static_cast<uint16_t>(bits)));
-  return static_cast<float>(bits) / 255.0f;  // masks and images of bytes count in steps of 1/255
+  return from_byte(bits);  // masks and images of bytes
 }
 
 __host__ __device__ inline uint32_t to_bits(float value, DType dtype) {
@@ -71,6 +86,13 @@ __host__ __device__ inline uint32_t to_bits(float value, DType dtype) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(value));
   return bits;
+}
+
+// Rounded once, too.
+__host__ __device__ inline uint32_t to_bits(double value, DType dtype) {
+  if (dtype == DType::float16) return __half_as_ushort(__double2half(value));
+  if (dtype == DType::bfloat16) return __bfloat16_as_ushort(__double2bfloat16(value));
+  return to_bits(static_cast<float>(value), DType::float32);
 }
 
 // What a tensor of this dtype keeps of a number.
@@ -135,8 +157,8 @@ __device__ void unpack(const Packed<width>& packed, DType dtype, float (&values)
 }
 
 // Writes elements, rounded to the tensor's dtype: one of four or of two bytes.
-template <int width>
-__device__ void put(const Operand& operand, const Space& space, int64_t index, const float (&values)[width]) {
+template <int width, typename Number>
+__device__ void put(const Operand& operand, const Space& space, int64_t index, const Number (&values)[width]) {
   if (!operand) return;
   if constexpr (width == 1) {
     const int64_t offset = offset_of(space, operand, index);
