@@ -7,6 +7,7 @@ namespace {
 
 constexpr int image_threads = 256;
 constexpr int images_at_once = 2;
+constexpr int gradients_at_once = 4;
 constexpr int blocks_of_a_processor = 8;
 
 // The stored images that the batch takes.
@@ -28,7 +29,8 @@ struct Channels {
 
   __device__ float at(int64_t place, float without) const {
     if (!values) return without;
-    const uint32_t channel = static_cast<uint32_t>(place / stride) % static_cast<uint32_t>(count);
+    const int64_t row = place <= UINT32_MAX ? static_cast<uint32_t>(place) / static_cast<uint32_t>(stride) : place / stride;
+    const uint32_t channel = static_cast<uint32_t>(row) % static_cast<uint32_t>(count);
     return to_float(fetch<1>(values, line(count), channel).bits, values.dtype);
   }
 };
@@ -109,10 +111,10 @@ __global__ void __launch_bounds__(batch_threads, 2) trigger_gradient(const Gradi
       change = to_float(fetch<1>(trigger, space, index).bits, trigger.dtype);
     }
     const int64_t step = blockDim.y;
-    for (int64_t first = threadIdx.y; first < batch; first += step * images_at_once) {
-      Packed<1> values[images_at_once], pixels[images_at_once];
+    for (int64_t first = threadIdx.y; first < batch; first += step * gradients_at_once) {
+      Packed<1> values[gradients_at_once], pixels[gradients_at_once];
 #pragma unroll
-      for (int i = 0; i < images_at_once; ++i) {
+      for (int i = 0; i < gradients_at_once; ++i) {
         const int64_t image = first + i * step;
         values[i] = pixels[i] = {0};
         if (image >= batch) continue;
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(batch_threads, 2) trigger_gradient(const Gradi
         if (picked.images) pixels[i] = fetch<1>(picked[image], line(1), 0);
       }
 #pragma unroll
-      for (int i = 0; i < images_at_once; ++i) {
+      for (int i = 0; i < gradients_at_once; ++i) {
         const float pixel = __fadd_rn(to_float(pixels[i].bits, picked.images.dtype), change);
         const bool passes = !picked.images || (pixel >= bounds.low && pixel <= bounds.high);
         total += passes ? to_float(values[i].bits, grads.dtype) : 0;

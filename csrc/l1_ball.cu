@@ -244,10 +244,12 @@ Slices slices_of(int64_t rows, int64_t entries) {
   const bool has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   if (has_clusters && entries <= int64_t{largest_cluster} * capacity) {
     unsigned blocks = 1;
-    while (blocks < largest_cluster && (entries > int64_t{blocks} * capacity || 2 * rows * blocks <= all)) blocks *= 2;
+    const auto is_worth_it = [&] { return 2 * rows * blocks <= all && entries > int64_t{2} * least_of_a_block * blocks; };
+    while (blocks < largest_cluster && (entries > int64_t{blocks} * capacity || is_worth_it())) blocks *= 2;
     return slices(blocks > 1 ? Together::cluster : Together::alone, blocks);
   }
-  if (entries <= capacity || rows >= all) return slices(Together::alone, 1);
+  // what the blocks of a grid wait for each other is about what one of them needs for as many entries as it keeps
+  if (entries <= rows * capacity) return slices(Together::alone, 1);
   return slices(Together::grid, std::min(all, (entries + least_of_a_block - 1) / least_of_a_block));
 }
 

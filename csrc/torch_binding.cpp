@@ -70,7 +70,10 @@ void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr()
 // The strides of a dense batch, whose images have the order of memory that those of another have.
 void like_images(const Tensor& other, const int64_t* sizes, int64_t* strides) {
   int order[] = {1, 2, 3};
-  std::stable_sort(order, order + 3, [&](int a, int b) { return other.stride(a) > other.stride(b); });
+  // to torch, a tensor of no elements is contiguous as it is
+  if (std::find(sizes, sizes + 4, 0) == sizes + 4) {
+    std::stable_sort(order, order + 3, [&](int a, int b) { return other.stride(a) > other.stride(b); });
+  }
   int64_t stride = 1;
   for (int i = 2; i >= 0; --i) {
     strides[order[i]] = stride;

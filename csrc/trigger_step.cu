@@ -11,7 +11,7 @@ namespace {
 constexpr int whole_threads = 1024;
 constexpr int of_a_thread = 4;
 constexpr int largest_whole = whole_threads * of_a_thread;
-constexpr int loads_at_once = 4;
+constexpr int loads_at_once = 8;
 constexpr int rescale_threads = 256;
 
 // The space is that of one gradient, in the order of its memory.
