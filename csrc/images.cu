@@ -22,65 +22,86 @@ struct Picked {
   }
 };
 
-// A value for each channel. The place of an entry in a dense image says its channel.
-struct Channels {
-  Operand values;
-  int64_t count, stride;
+// The channel of an entry of a dense image, and how far into that it is.
+struct Channel {
+  uint32_t channel, rest, count, stride;
 
-  __device__ float at(int64_t place, float without) const {
-    if (!values) return without;
-    const int64_t row = place <= UINT32_MAX ? static_cast<uint32_t>(place) / static_cast<uint32_t>(stride) : place / stride;
-    const uint32_t channel = static_cast<uint32_t>(row) % static_cast<uint32_t>(count);
-    return to_float(fetch<1>(values, line(count), channel).bits, values.dtype);
+  __device__ Channel(int64_t place, int64_t count, int64_t stride)
+      : count(static_cast<uint32_t>(count)), stride(static_cast<uint32_t>(stride)) {
+    const bool is_small = place <= UINT32_MAX;
+    const int64_t row = is_small ? static_cast<uint32_t>(place) / this->stride : place / stride;
+    rest = static_cast<uint32_t>(place - row * stride);
+    channel = static_cast<uint32_t>(row) % this->count;
+  }
+
+  __device__ void next() {
+    if (++rest < stride) return;
+    rest = 0;
+    if (++channel == count) channel = 0;
+  }
+
+  __device__ float of(const Operand& values, float without) const {
+    return values ? to_float(fetch<1>(values, line(count), channel).bits, values.dtype) : without;
   }
 };
 
 // The space is that of one image in the order of the output's memory.
 struct Preparation {
   Space space;
-  Operand output, trigger;
+  Operand output, trigger, mean, std;
   Picked picked;
-  Channels mean, std;
   Bounds bounds;
-  int64_t batch;
+  int64_t batch, channels, to_next_channel;
+  bool is_trigger_flat;
 };
 
 // Each thread prepares the same entries of several images.
 template <bool flat>
 __global__ void __launch_bounds__(image_threads, 3) prepare(const Preparation preparation) {
   constexpr int width = flat ? eight : 1;
-  const auto& [space, output, trigger, picked, mean, std, bounds, batch] = preparation;
+  const Space& space = preparation.space;
+  const Operand &trigger = preparation.trigger, &mean = preparation.mean, &std = preparation.std;
+  const Picked& picked = preparation.picked;
+  const Bounds bounds = preparation.bounds;
   const int64_t place = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
   if (place >= space.count) return;
   float change[width], shift[width], scale[width];
+  if (trigger && preparation.is_trigger_flat) {
+    unpack(fetch<width>(trigger, space, place), trigger.dtype, change);
+  } else {
 #pragma unroll
-  for (int k = 0; k < width; ++k) {
-    // a negative zero changes nothing, not even the sign of zero
-    change[k] = trigger ? to_float(fetch<1>(trigger, space, place + k).bits, trigger.dtype) : -0.0f;
-    shift[k] = mean.at(place + k, 0);
-    scale[k] = std.at(place + k, 1);
+    for (int k = 0; k < width; ++k) {
+      // a negative zero changes nothing, not even the sign of zero
+      change[k] = trigger ? to_float(fetch<1>(trigger, space, place + k).bits, trigger.dtype) : -0.0f;
+    }
+  }
+  Channel channel(place, preparation.channels, preparation.to_next_channel);
+#pragma unroll
+  for (int k = 0; k < width; ++k, channel.next()) {
+    shift[k] = channel.of(mean, 0);
+    scale[k] = channel.of(std, 1);
   }
   const int64_t step = gridDim.y;
-  for (int64_t first = blockIdx.y; first < batch; first += step * images_at_once) {
+  for (int64_t first = blockIdx.y; first < preparation.batch; first += step * images_at_once) {
     Packed<width> packed[images_at_once];
 #pragma unroll
     for (int i = 0; i < images_at_once; ++i) {
       const int64_t image = first + i * step;
-      if (image < batch) packed[i] = fetch<width>(picked[image], space, place);
+      if (image < preparation.batch) packed[i] = fetch<width>(picked[image], space, place);
     }
 #pragma unroll
     for (int i = 0; i < images_at_once; ++i) {
       const int64_t image = first + i * step;
-      if (image >= batch) continue;
+      if (image >= preparation.batch) continue;
       float values[width];
       unpack(packed[i], picked.images.dtype, values);
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         const float value = clamp(__fadd_rn(values[k], change[k]), bounds.low, bounds.high);
         values[k] = __fsub_rn(value, shift[k]);
-        if (std.values) values[k] = __fdiv_rn(values[k], scale[k]);
+        if (std) values[k] = __fdiv_rn(values[k], scale[k]);
       }
-      put(moved_by(output, image * space.count), line(space.count), place, values);
+      put(moved_by(preparation.output, image * space.count), line(space.count), place, values);
     }
   }
 }
@@ -88,37 +109,36 @@ __global__ void __launch_bounds__(image_threads, 3) prepare(const Preparation pr
 // The space is that of one image in the order of the output's memory.
 struct Gradient {
   Space space;
-  Operand output, grad, trigger;
-  int64_t grad_stride;
+  Operand output, grad, trigger, std;
   Picked picked;
-  Channels std;
   Bounds bounds;
-  int64_t batch;
+  int64_t grad_stride, batch, channels, to_next_channel;
 };
 
 // Each thread sums its entry over the batch, or over a part of it.
 __global__ void __launch_bounds__(batch_threads, 2) trigger_gradient(const Gradient gradient) {
-  const auto& [space, output, all_grads, trigger, grad_stride, all_picked, std, bounds, batch] = gradient;
+  const Space& space = gradient.space;
+  const Bounds bounds = gradient.bounds;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const bool here = index < space.count;
   float total = 0;
   if (here) {
-    const Operand grads = moved_by(all_grads, offset_of(space, all_grads, index));
-    Picked picked = all_picked;
+    const Operand grads = moved_by(gradient.grad, offset_of(space, gradient.grad, index));
+    Picked picked = gradient.picked;
     float change = 0;
     if (picked.images) {
       picked.images = moved_by(picked.images, offset_of(space, picked.images, index));
-      change = to_float(fetch<1>(trigger, space, index).bits, trigger.dtype);
+      change = to_float(fetch<1>(gradient.trigger, space, index).bits, gradient.trigger.dtype);
     }
     const int64_t step = blockDim.y;
-    for (int64_t first = threadIdx.y; first < batch; first += step * gradients_at_once) {
+    for (int64_t first = threadIdx.y; first < gradient.batch; first += step * gradients_at_once) {
       Packed<1> values[gradients_at_once], pixels[gradients_at_once];
 #pragma unroll
       for (int i = 0; i < gradients_at_once; ++i) {
         const int64_t image = first + i * step;
         values[i] = pixels[i] = {0};
-        if (image >= batch) continue;
-        values[i] = fetch<1>(moved_by(grads, image * grad_stride), line(1), 0);
+        if (image >= gradient.batch) continue;
+        values[i] = fetch<1>(moved_by(grads, image * gradient.grad_stride), line(1), 0);
         if (picked.images) pixels[i] = fetch<1>(picked[image], line(1), 0);
       }
 #pragma unroll
@@ -131,18 +151,17 @@ __global__ void __launch_bounds__(batch_threads, 2) trigger_gradient(const Gradi
   }
   total = over_batch(total);
   if (threadIdx.y > 0 || !here) return;
-  const float one[1] = {std.values ? __fdiv_rn(total, std.at(index, 1)) : total};
-  put(output, space, index, one);
+  const Channel channel(index, gradient.channels, gradient.to_next_channel);
+  const float one[1] = {gradient.std ? __fdiv_rn(total, channel.of(gradient.std, 1)) : total};
+  put(gradient.output, space, index, one);
 }
 
-Channels channels_of(const View& values, int64_t count, int64_t stride) {
-  Channels channels;
-  channels.values.data = static_cast<char*>(values.data);
-  channels.values.dtype = values.dtype;
-  channels.values.strides[0] = values ? values.strides[0] : 0;
-  channels.count = count;
-  channels.stride = stride;
-  return channels;
+Operand per_channel(const View& values) {
+  Operand operand;
+  operand.data = static_cast<char*>(values.data);
+  operand.dtype = values.dtype;
+  operand.strides[0] = values.strides[0];
+  return operand;
 }
 
 }  // namespace
@@ -155,15 +174,17 @@ void prepare_images(const View& output, const Stored& stored, const View& trigge
   if (entries == 0 || batch == 0) return;
   const Elementwise<2> moved({&image, &pixels});
   const bool flat = moved.flat && entries % eight == 0 && stride % eight == 0;
-  const int64_t channels = output.sizes[1], to_next = output.strides[1];
   const Preparation preparation = {all.space,
                                    all.operands[0],
                                    all.operands[2],
+                                   per_channel(mean),
+                                   per_channel(std),
                                    {all.operands[1], stride, stored.index, stored.index_stride},
-                                   channels_of(mean, channels, to_next),
-                                   channels_of(std, channels, to_next),
                                    bounds,
-                                   batch};
+                                   batch,
+                                   output.sizes[1],
+                                   output.strides[1],
+                                   all.flat};
   const int64_t threads = (entries + (flat ? eight : 1) - 1) / (flat ? eight : 1);
   const int64_t of_a_block = std::min((threads + 31) / 32 * 32, int64_t{image_threads});
   const int64_t blocks = (threads + of_a_block - 1) / of_a_block;
@@ -192,11 +213,13 @@ void prepare_images_backward(const View& output, const View& grad, const Stored&
                              out,
                              grads,
                              change,
-                             grad.strides[0],
+                             per_channel(std),
                              {images, stored.images.strides[0], stored.index, stored.index_stride},
-                             channels_of(std, total.sizes[0], total.strides[0]),
                              bounds,
-                             batch};
+                             grad.strides[0],
+                             batch,
+                             total.sizes[0],
+                             total.strides[0]};
   const dim3 grid(batch_blocks(batch, all.space.count));
   launch<trigger_gradient>({grid, batch_block(batch), stream}, gradient);
 }
