@@ -1,7 +1,9 @@
 // What one thread computes for one element, on the device and on the host.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
+#include <cstdint>
 
 #include <cuda_runtime.h>
 
@@ -62,6 +64,41 @@ __host__ __device__ inline float sgd_step(float mask, float step, float lr) { re
 
 __host__ __device__ inline float noise_step(float noise, float grad, float step_size, float bound) {
   return clamp(noise + step_size * sign(grad), -bound, bound);
+}
+
+// The largest float that isn't above the value: a float is above the one where it is above the other.
+__host__ __device__ inline float round_down(double value) {
+  const float nearest = static_cast<float>(value);
+  return nearest > value ? nextafterf(nearest, -FLT_MAX) : nearest;
+}
+
+// An L1 norm by which one can divide: of zeros the smallest normal number.
+__host__ __device__ inline double divisor(double norm) { return norm < DBL_MIN ? DBL_MIN : norm; }
+
+// What brings a vector of this norm into the ball. NaN unless the norm is finite.
+__host__ __device__ inline double rescaling(double norm, double radius) {
+  norm = divisor(norm);
+  return radius / (norm < radius ? radius : norm) + (norm - norm);
+}
+
+// From a threshold to the next by Newton's method, where the entries above it have this sum: never past the one at
+// which what is above it sums to the radius.
+__host__ __device__ inline double newton_step(double threshold, double total, int64_t count, double radius) {
+  const double next = count > 0 ? (total - radius) / static_cast<double>(count) : threshold;
+  return next > threshold ? next : threshold;
+}
+
+// Nearer to zero by the threshold, and no farther than zero, whose sign then is the value's. NaN where either is.
+__host__ __device__ inline double soft_threshold(float value, double threshold) {
+  double excess = fabs(static_cast<double>(value)) - threshold;
+  excess = excess < 0 ? 0 : excess;
+  return value < 0 ? -excess : excess;
+}
+
+// A byte in steps of 1/255, rounded once: 1/255 in two parts, of which the first product is exact.
+__host__ __device__ inline float from_byte(uint32_t byte) {
+  const float value = static_cast<float>(byte);
+  return fmaf(value, 1.5318628356908448e-05f, value * 0.00390625f);
 }
 
 }  // namespace maskops

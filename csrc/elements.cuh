@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "arithmetic.h"
 #include "launch.cuh"
 #include "layout.h"
 
@@ -25,7 +26,15 @@ struct Space {
   int64_t count = 0;
 };
 
-// A tensor over that space; without data: one that is missing.
+// The space of a row of entries.
+__host__ __device__ inline Space line(int64_t entries) {
+  Space space;
+  space.dimensions = 1;
+  space.sizes[0] = space.count = entries;
+  return space;
+}
+
+// A tensor over a space; without data: one that is missing.
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::float32;
@@ -36,6 +45,12 @@ struct Operand {
 
 __host__ __device__ inline int bytes_of(DType dtype) {
   return dtype == DType::float32 ? 4 : dtype == DType::uint8 ? 1 : 2;
+}
+
+// The tensor from that many elements on.
+__host__ __device__ inline Operand moved_by(Operand operand, int64_t elements) {
+  operand.data += elements * bytes_of(operand.dtype);
+  return operand;
 }
 
 // Where in a tensor the index lies, counted in elements.
@@ -64,7 +79,7 @@ __host__ __device__ inline float to_float(uint32_t bits, DType dtype) {
   }
   if (dtype == DType::float16) return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
   if (dtype == DType::bfloat16) return __bfloat162float(__ushort_as_bfloat16(static_cast<uint16_t>(bits)));
-  return static_cast<float>(bits) / 255.0f;  // masks and images of bytes count in steps of 1/255
+  return from_byte(bits);  // masks and images of bytes
 }
 
 __host__ __device__ inline uint32_t to_bits(float value, DType dtype) {
@@ -73,6 +88,13 @@ __host__ __device__ inline uint32_t to_bits(float value, DType dtype) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(value));
   return bits;
+}
+
+// Rounded once, too.
+__host__ __device__ inline uint32_t to_bits(double value, DType dtype) {
+  if (dtype == DType::float16) return __half_as_ushort(__double2half(value));
+  if (dtype == DType::bfloat16) return __bfloat16_as_ushort(__double2bfloat16(value));
+  return to_bits(static_cast<float>(value), DType::float32);
 }
 
 // The element at an offset.
@@ -84,7 +106,8 @@ __device__ inline float load(const Operand& operand, int64_t offset) {
   }
 }
 
-__device__ inline void store(const Operand& operand, int64_t offset, float value) {
+template <typename Number>
+__device__ void store(const Operand& operand, int64_t offset, Number value) {
   const uint32_t bits = to_bits(value, operand.dtype);
   if (operand.dtype == DType::float32) {
     reinterpret_cast<uint32_t*>(operand.data)[offset] = bits;
@@ -172,8 +195,8 @@ __device__ void unpack(const Packed<width>& packed, DType dtype, float (&values)
 }
 
 // Writes elements, rounded to the tensor's dtype: one of four or of two bytes.
-template <int width>
-__device__ void put(const Operand& operand, const Space& space, int64_t index, const float (&values)[width]) {
+template <int width, typename Number>
+__device__ void put(const Operand& operand, const Space& space, int64_t index, const Number (&values)[width]) {
   if (!operand) return;
   if constexpr (width == 1) {
     store(operand, offset_of(space, operand, index), values[0]);

@@ -7,6 +7,17 @@
 
 namespace maskops {
 
+// One image of a batch: the view without its first dimension.
+inline View inner(const View& view) {
+  View one = view;
+  one.dimensions = view.dimensions - 1;
+  for (int d = 0; d < one.dimensions; ++d) {
+    one.sizes[d] = view.sizes[d + 1];
+    one.strides[d] = view.strides[d + 1];
+  }
+  return one;
+}
+
 // The innermost dimension first, by the strides of the first tensor.
 template <int count>
 struct Layout {

@@ -70,6 +70,19 @@ def test_images_are_the_formula_rounded_once(storage, dtype, layout, backend):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("trigger_layout", [None, "contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.float16], ids=str)
+def test_images_of_whole_vectors(storage, layout, trigger_layout, backend):
+    """Of a multiple of eight pixels, which a thread may load at once, and more images than run at the same time."""
+    images, index = stored(storage, layout, (5, 3, 4, 6)), torch.randint(5, (45,)).to(DEVICE)
+    trigger = None if trigger_layout is None else LAYOUTS[trigger_layout](0.2 * rand(1, 3, 4, 6))
+    for dtype in (torch.float32, torch.float16):
+        options = {**CLAMPED, **NORMALISED, "dtype": dtype}
+        actual = prepare_images(images, index, trigger, **options, backend=backend)
+        assert torch.equal(actual, plain(trigger, images, index, **options))
+
+
 @pytest.mark.parametrize(
     ("index", "trigger"),
     [(None, None), (None, (3, 6, 7)), (INDEX, None), (INDEX, (1, 3, 6, 7))],

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -268,3 +269,49 @@ def test_l1_ball_reads_rows_of_any_strides(into, backend):
     for view in (x.t(), x[::2, 1:6], x[:, :1].expand(30, 9), x[:1].expand(4, 7)):
         actual = into(view, 1.0, batch_dims=1, backend=backend)
         torch.testing.assert_close(actual, into(view.clone(), 1.0, batch_dims=1, backend="reference"))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("rows", "entries", "capability"),
+    [
+        pytest.param(3, 9_001, 9, id="a block each"),
+        pytest.param(1, 9_001, 9, id="cluster of two"),
+        pytest.param(1, 240_000, 9, id="cluster of eight"),
+        pytest.param(1, 470_000, 9, id="more than a cluster keeps"),
+        pytest.param(2, 60_000, 8, id="more than a block keeps"),
+        pytest.param(2, 120_008, 8, id="grid, row after row"),
+    ],
+)
+def test_l1_ball_of_long_rows_in_cuda(into, rows, entries, capability, monkeypatch):
+    """The names are of what the emulator runs, which has two processors of 227 KiB of shared memory each."""
+    x = rand(rows, entries)
+    serves("cuda", into, x)
+    if capability < 9:
+        monkeypatch.setenv("CUDA_EMULATOR_SM80", "1")
+    actual = into(x, 1e-2 * norm(x[0]), batch_dims=1, backend="cuda")
+    expected = into(x, 1e-2 * norm(x[0]), batch_dims=1, backend="reference")
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-12)
+    assert torch.equal(into(x, (1 + 1e-12) * norm(x), batch_dims=1, backend="cuda"), x)
+    x[0, -1] = math.nan
+    assert into(x, 1.0, batch_dims=1, backend="cuda").isnan().all(1).tolist() == [True, *[False] * (rows - 1)]
+
+
+@BOTH
+@pytest.mark.parametrize("capability", [8, 9])
+@pytest.mark.parametrize("view", ["half", "columns", "cut out"])
+def test_l1_ball_of_long_rows_of_any_layout_in_cuda(into, view, capability, monkeypatch):
+    x = (
+        rand(2, 70_001).half()
+        if view == "half"
+        else rand(70_001, 2).t()
+        if view == "columns"
+        else rand(2, 70_009)[:, 3:-5]
+    )
+    serves("cuda", into, x)
+    if capability < 9:
+        monkeypatch.setenv("CUDA_EMULATOR_SM80", "1")
+    actual = into(x, 100.0, batch_dims=1, backend="cuda")
+    expected = into(x, 100.0, batch_dims=1, backend="reference")
+    torch.testing.assert_close(actual, expected, rtol=1e-3 if view == "half" else 1e-6, atol=1e-7)
+    assert actual.stride() == expected.stride()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,19 @@ arena_mask_grad = _ops.arena_mask_grad.default
 mask_adam_step_ = _ops.mask_adam_step_.default
 mask_adam8bit_step_ = _ops.mask_adam8bit_step_.default
 mask_sgd_step_ = _ops.mask_sgd_step_.default
+rescale_to_l1_ball = _ops.rescale_to_l1_ball.default
+project_onto_l1_ball = _ops.project_onto_l1_ball.default
 noise_step_ = _ops.noise_step_.default
+prepare_images_backward = _ops.prepare_images_backward.default
+trigger_step_ = _ops.trigger_step_.default
+
+
+def prepare_images(images: Tensor, *arguments: Any) -> Tensor:
+    """Computed in float32 and converted where float64 is asked for, as the reference does."""
+    *options, dtype = arguments
+    if dtype == torch.float64:
+        return _ops.prepare_images(images, *options, torch.float32).double()
+    return _ops.prepare_images(images, *arguments)
 
 
 def why_not(op: str, *tensors: Tensor) -> str | None:
