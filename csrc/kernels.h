@@ -48,8 +48,8 @@ struct KernelAttributes {
 std::vector<std::string> kernel_names();
 std::vector<KernelAttributes> kernel_attributes();
 
-// What every mask step takes. Views that are missing: a weight, whose gradient `grad` then isn't, an effective weight to
-// write, lower bounds of each entry, for which `lower` else stands, and totals.
+// What every mask step takes. These views may be missing: a weight, without which `grad` is the mask's own gradient; an
+// effective weight to write; lower bounds of each entry, without which `lower` is that of all; and totals.
 struct MaskStepArguments {
   View mask, grad, weight, effective;
   double l1, toward;
