@@ -1,8 +1,9 @@
-// Numbers of eight bits: dynamic tree quantisation (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
+// Numbers of eight bits: dynamic tree quantisation (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
+// Quantization).
 //
-// A code stands for a magnitude in [0, 1]: for 0, for 1, or for the middle of one of the equal pieces into which a decade
-// is cut. There are seven decades, from 1e-7 to 1; each has twice as many pieces as the one below. Signed codes spend
-// their first bit on the sign, unsigned ones on twice as many pieces.
+// A code stands for a magnitude in [0, 1]: for 0, for 1, or for the middle of one of the equal pieces into which a
+// decade is cut. There are seven decades, from 1e-7 to 1; each has twice as many pieces as the one below. Signed codes
+// spend their first bit on the sign, unsigned ones on twice as many pieces.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +17,9 @@ constexpr int tree_codes = 256;
 
 // What a code is looked up in: half as many magnitudes where codes have a sign.
 //
-// The code of a magnitude is the number of midpoints between codes' values below it; of those without a sign the first is
-// 0, because no second moment above 0 may become 0. The leading bits of the float say all of these but for two at most,
-// with which it is compared.
+// The code of a magnitude is the number of midpoints between codes' values below it; of those without a sign the first
+// is 0, because no second moment above 0 may become 0. The leading bits of the float say all of these but for two at
+// most, with which it is compared.
 template <bool is_signed>
 struct DynamicTree {
   static constexpr int magnitudes = is_signed ? 129 : 256;

@@ -2,8 +2,8 @@
 //
 // The dtype is read at run time: such a kernel waits for memory, not for a branch that all threads take alike, and so
 // one kernel serves all combinations. What a thread loads stays packed until all its loads are under way. Tensors that
-// lie in memory alike are taken eight elements at a time, or four where a step has so many of them that eight of each would
-// not fit into the registers; others one by one.
+// lie in memory alike are taken eight elements at a time, or four where a step has so many of them that eight of each
+// would not fit into the registers; others one by one.
 #pragma once
 
 #include <cuda_bf16.h>

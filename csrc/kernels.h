@@ -87,8 +87,8 @@ void arena_effective_weight(const ArenaTable& table, const View& effective, cons
 void arena_mask_grad(const ArenaTable& table, const View& grads, const View& grad, const View& weight,
                      cudaStream_t stream);
 
-// What every mask step takes. Views that are missing: a weight, whose gradient `grad` then isn't, an effective weight to
-// write, lower bounds of each entry, for which `lower` else stands, and totals.
+// What every mask step takes. These views may be missing: a weight, without which `grad` is the mask's own gradient; an
+// effective weight to write; lower bounds of each entry, without which `lower` is that of all; and totals.
 struct MaskStepArguments {
   View mask, grad, weight, effective;
   double l1, toward;

@@ -284,6 +284,7 @@ void mask_adam8bit_step_(Tensor mask, const Tensor& grad, const OptionalTensor& 
                          Tensor exp_avg, Tensor exp_avg_scale, Tensor exp_avg_sq, Tensor exp_avg_sq_scale, Tensor step,
                          const Tensor& lr, double beta1, double beta2, double eps, double l1, double toward,
                          const Tensor& lower, double upper, OptionalTensor totals) {
+  STD_TORCH_CHECK(mask.dim() == 1, "mask_adam8bit_step_: expected flat tensors; got ", mask.dim(), " dimensions");
   const Device device(mask);
   MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals);
   const maskops::AdamArguments adam = all.adam(mask, step, lr, beta1, beta2, eps);

@@ -137,6 +137,16 @@ def test_the_lower_bound_may_differ_by_entry(kind, shape, backend):
     assert at_bound.any() and not at_bound.all() and (found["mask"] >= lower).all()
 
 
+def test_whole_numbers_as_bounds_by_entry(backend):
+    given, lower = tensors((40,)), torch.arange(40, device=DEVICE) % 2
+    reason = _dispatch.why_not(backend, "mask_sgd_step_", given["mask"], lower)
+    if backend == "cuda":
+        assert reason == "its mask steps take floating dtypes, not torch.int64"
+    else:
+        expected = stepped("sgd", "reference", given, lower=lower.float())["mask"]
+        torch.testing.assert_close(stepped("sgd", backend, given, lower=lower)["mask"], expected)
+
+
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 @pytest.mark.parametrize("size", [0, 1, 5000])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
