@@ -27,22 +27,45 @@ __device__ int64_t place(int64_t first, int k) {
   return first + (flat ? threadIdx.x * eight + k : k * blockDim.x + threadIdx.x);
 }
 
-// Eight entries of a row, zeros beyond its end.
+// Eight entries of a row, zeros beyond its end: as they lie in memory, or each in a word of its own.
+struct Octet {
+  Packed<eight> words;
+  bool is_vector;
+};
+
 template <bool flat>
-__device__ void load(const Operand& row, int64_t first, int64_t end, float (&values)[eight]) {
+__device__ Octet fetch_octet(const Operand& row, int64_t first, int64_t end) {
   const Space space = line(end);
-  if (flat && place<flat>(first, eight - 1) < end) {
-    unpack(fetch<eight>(row, space, place<flat>(first, 0)), row.dtype, values);
-    return;
+  Octet octet;
+  octet.is_vector = flat && place<flat>(first, eight - 1) < end;
+  if (octet.is_vector) {
+    octet.words = fetch<eight>(row, space, place<flat>(first, 0));
+    return octet;
   }
-  Packed<1> packed[eight];
+  uint32_t bits[eight];
 #pragma unroll
   for (int k = 0; k < eight; ++k) {
     const int64_t at = place<flat>(first, k);
-    packed[k] = at < end ? fetch<1>(row, space, at) : Packed<1>{0};
+    bits[k] = at < end ? fetch<1>(row, space, at).bits : 0;
   }
+  octet.words = {{bits[0], bits[1], bits[2], bits[3]}, {bits[4], bits[5], bits[6], bits[7]}};
+  return octet;
+}
+
+__device__ void unpack(const Octet& octet, DType dtype, float (&values)[eight]) {
+  if (octet.is_vector) {
+    unpack(octet.words, dtype, values);
+    return;
+  }
+  const auto& [low, high] = octet.words;
+  const uint32_t bits[eight] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-  for (int k = 0; k < eight; ++k) values[k] = to_float(packed[k].bits, row.dtype);
+  for (int k = 0; k < eight; ++k) values[k] = to_float(bits[k], dtype);
+}
+
+template <bool flat>
+__device__ void load(const Operand& row, int64_t first, int64_t end, float (&values)[eight]) {
+  unpack(fetch_octet<flat>(row, first, end), row.dtype, values);
 }
 
 template <bool flat>
@@ -112,8 +135,11 @@ __global__ void __launch_bounds__(most_threads, 1) move_rows_in_registers(const 
   const Operand input = row_of(rows.input, row), output = row_of(rows.output, row);
   BlockSum block_sum(shared);
   float values[octets_of_a_thread][eight];
+  Octet octets[octets_of_a_thread];
 #pragma unroll
-  for (int o = 0; o < octets_of_a_thread; ++o) load<flat>(input, o * of_a_turn, rows.entries, values[o]);
+  for (int o = 0; o < octets_of_a_thread; ++o) octets[o] = fetch_octet<flat>(input, o * of_a_turn, rows.entries);
+#pragma unroll
+  for (int o = 0; o < octets_of_a_thread; ++o) unpack(octets[o], input.dtype, values[o]);
 
   const auto sum_above = [&](float threshold) {
     Sum own = {0, 0};
@@ -181,14 +207,22 @@ __global__ void __launch_bounds__(most_threads, 1)
     };
 
     Sum own = {0, 0};
-    for (int first = 0; first < used; first += of_a_turn) {
-      float values[eight];
-      load<flat>(input, begin + first, end_of_kept, values);
+    for (int start = 0; start < used; start += octets_of_a_thread * of_a_turn) {
+      Octet octets[octets_of_a_thread];
 #pragma unroll
-      for (int k = 0; k < eight; ++k) {
-        add(own, values[k], -1);
-        const int at = static_cast<int>(place<flat>(first, k));
-        if (at < used) kept[at] = values[k];
+      for (int o = 0; o < octets_of_a_thread; ++o) {
+        octets[o] = fetch_octet<flat>(input, begin + start + o * of_a_turn, end_of_kept);
+      }
+#pragma unroll
+      for (int o = 0; o < octets_of_a_thread; ++o) {
+        float values[eight];
+        unpack(octets[o], input.dtype, values);
+#pragma unroll
+        for (int k = 0; k < eight; ++k) {
+          add(own, values[k], -1);
+          const int at = static_cast<int>(place<flat>(start + o * of_a_turn, k));
+          if (at < used) kept[at] = values[k];
+        }
       }
     }
     add_others(own, -1);

@@ -77,6 +77,7 @@ class TeamSum {
       Sum* const sums = workspace_ + turn_ * blocks;
       if (threadIdx.x == 0) sums[blockIdx.x] = sum;
       cooperative_groups::this_grid().sync();
+#pragma unroll 2
       for (int block = lane; block < blocks; block += 32) {
         // other processors wrote them: not from the first-level cache
         all.total += __ldcg(&sums[block].total);
