@@ -18,6 +18,12 @@ _MOST_DIMENSIONS = 5
 _ops = torch.ops.maskops_cuda
 
 noise_step_ = _ops.noise_step_.default
+relu_bits = _ops.relu_bits.default
+relu_bits_ = _ops.relu_bits_.default
+affine_relu_bits_ = _ops.affine_relu_bits_.default
+relu_bits_backward = _ops.relu_bits_backward.default
+max_pool_winners = _ops.max_pool_winners.default
+max_pool_winners_backward = _ops.max_pool_winners_backward.default
 
 
 def why_not(op: str, *tensors: Tensor) -> str | None:
