@@ -16,6 +16,7 @@ struct Channels {
   const float *scale, *shift;
   int64_t inner, count;
   int within_step, channel_step;  // from a thread's vector to its next one
+  bool in_vectors;                // the elements of a vector are channels that come as vectors, too
 
   __device__ explicit operator bool() const { return scale || shift; }
   __device__ float scale_of(int channel) const { return scale ? scale[channel] : 1.0f; }
@@ -61,10 +62,16 @@ struct Factors {
 
   // Those of the elements from a place on.
   __device__ void read(const Channels& channels, Place place) {
+    if (channels.in_vectors) {
+      read_vectors(scale, channels.scale, place.channel, 1.0f);
+      read_vectors(shift, channels.shift, place.channel, 0.0f);
+      return;
+    }
+    const bool is_one = place.within + width <= channels.inner;  // channel
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      if (k > 0) place.advance(channels, 1, 0);
-      if (k > 0 && place.within > 0) {
+      if (k > 0 && !is_one) place.advance(channels, 1, 0);
+      if (k > 0 && (is_one || place.within > 0)) {
         scale[k] = scale[k - 1];
         shift[k] = shift[k - 1];
       } else {
@@ -73,27 +80,39 @@ struct Factors {
       }
     }
   }
+
+  __device__ static void read_vectors(float (&values)[width], const float* from, int channel, float without) {
+#pragma unroll
+    for (int k = 0; k < width; k += 4) {
+      const float4 four = from ? *reinterpret_cast<const float4*>(from + channel + k)
+                               : float4{without, without, without, without};
+      values[k] = four.x;
+      values[k + 1] = four.y;
+      values[k + 2] = four.z;
+      values[k + 3] = four.w;
+    }
+  }
 };
 
 // One element for each lane, the first of them at a multiple of eight.
-__device__ void relu_of_lanes(const Space& space, const Relu& relu_, int64_t first) {
+__device__ void relu_of_lanes(const Space& space, const Relu& work, int64_t first) {
   const int lane = threadIdx.x % 32;
   const int64_t index = first + lane;
   bool pass = false;
-  if (index < relu_.count) {
-    const Packed<1> bits = fetch<1>(relu_.input, space, index), added = fetch<1>(relu_.residual, space, index);
-    float value = to_float(bits.bits, relu_.input.dtype);
-    if (relu_.channels) {
-      const int channel = Place(relu_.channels, index, relu_.count <= INT32_MAX).channel;
-      value = relu_.channels.scale_of(channel) * value + relu_.channels.shift_of(channel);
+  if (index < work.count) {
+    const Packed<1> bits = fetch<1>(work.input, space, index), added = fetch<1>(work.residual, space, index);
+    float value = to_float(bits.bits, work.input.dtype);
+    if (work.channels) {
+      const int channel = Place(work.channels, index, work.count <= INT32_MAX).channel;
+      value = work.channels.scale_of(channel) * value + work.channels.shift_of(channel);
     }
-    if (relu_.residual) value += to_float(added.bits, relu_.residual.dtype);
-    const float result[1] = {relu(rounded(value, relu_.output.dtype), relu_.upper)};
-    put(relu_.output, space, index, result);
-    pass = passes(result[0], relu_.stop);
+    if (work.residual) value += to_float(added.bits, work.residual.dtype);
+    const float result[1] = {relu(rounded(value, work.output.dtype), work.upper)};
+    put(work.output, space, index, result);
+    pass = passes(result[0], work.stop);
   }
   const unsigned word = __ballot_sync(all_lanes, pass);
-  if (lane < 4 && first + lane * eight < relu_.count) relu_.bits[first / eight + lane] = word >> lane * eight & 0xff;
+  if (lane < 4 && first + lane * eight < work.count) work.bits[first / eight + lane] = word >> lane * eight & 0xff;
 }
 
 template <DType dtype>
@@ -123,13 +142,13 @@ __device__ uint32_t gather_row(const uint32_t (&pieces)[rows], int bits, int lan
 
 // The vectors of a block: rows one after the other, of one vector for each thread.
 template <DType dtype, bool affine>
-__device__ void relu_of_vectors(const Relu& relu_) {
+__device__ void relu_of_vectors(const Relu& work) {
   constexpr int width = dtype == DType::float32 ? 4 : 8;
-  const int64_t whole = relu_.count / (4 * width) * 4;  // vectors, in fours, whose bits make whole words
+  const int64_t whole = work.count / (4 * width) * 4;  // vectors, in fours, whose bits make whole words
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows * blockDim.x + threadIdx.x;
-  const uint4* const input = reinterpret_cast<const uint4*>(relu_.input.data);
-  const uint4* const residual = reinterpret_cast<const uint4*>(relu_.residual.data);
-  uint4* const output = reinterpret_cast<uint4*>(relu_.output.data);
+  const uint4* const input = reinterpret_cast<const uint4*>(work.input.data);
+  const uint4* const residual = reinterpret_cast<const uint4*>(work.residual.data);
+  uint4* const output = reinterpret_cast<uint4*>(work.output.data);
   uint4 loaded[rows] = {}, added[rows] = {};
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
@@ -137,9 +156,9 @@ __device__ void relu_of_vectors(const Relu& relu_) {
     if (at < whole) loaded[r] = input[at];
     if (affine && residual && at < whole) added[r] = residual[at];
   }
-  const Channels& channels = relu_.channels;
+  const Channels& channels = work.channels;
   const bool moves = channels.within_step != 0 || channels.channel_step != 0;
-  Place place(channels, first * width, relu_.count <= INT32_MAX);
+  Place place(channels, first * width, work.count <= INT32_MAX);
   Factors<width> factors;
   if (affine) factors.read(channels, place);
   uint32_t pieces[rows] = {};
@@ -162,8 +181,8 @@ __device__ void relu_of_vectors(const Relu& relu_) {
         value = factors.scale[k] * value + factors.shift[k] + element<dtype>(more, k);
         value = rounded(value, dtype);
       }
-      value = relu(value, relu_.upper);
-      pieces[r] |= passes(value, relu_.stop) ? 1u << k : 0u;
+      value = relu(value, work.upper);
+      pieces[r] |= passes(value, work.stop) ? 1u << k : 0u;
       results[k] = to_bits(value, dtype);
     }
     if constexpr (width == 4) {
@@ -178,33 +197,33 @@ __device__ void relu_of_vectors(const Relu& relu_) {
   const int64_t four = first - lane % 4 + lane % rows * blockDim.x;
   if (four >= whole) return;
   if constexpr (width == 4) {
-    reinterpret_cast<uint16_t*>(relu_.bits)[four / 4] = static_cast<uint16_t>(word);
+    reinterpret_cast<uint16_t*>(work.bits)[four / 4] = static_cast<uint16_t>(word);
   } else {
-    reinterpret_cast<uint32_t*>(relu_.bits)[four / 4] = word;
+    reinterpret_cast<uint32_t*>(work.bits)[four / 4] = word;
   }
 }
 
 template <bool affine>
-__global__ void __launch_bounds__(most_threads, affine ? 2 : 4) relu_vectors(const Space space, const Relu relu_) {
-  switch (relu_.input.dtype) {
-    case DType::float32: relu_of_vectors<DType::float32, affine>(relu_); break;
-    case DType::float16: relu_of_vectors<DType::float16, affine>(relu_); break;
-    default: relu_of_vectors<DType::bfloat16, affine>(relu_);
+__global__ void __launch_bounds__(most_threads, affine ? 2 : 4) relu_vectors(const Relu work) {
+  switch (work.input.dtype) {
+    case DType::float32: relu_of_vectors<DType::float32, affine>(work); break;
+    case DType::float16: relu_of_vectors<DType::float16, affine>(work); break;
+    default: relu_of_vectors<DType::bfloat16, affine>(work);
   }
   // what is left after the last four vectors is at most one element for each lane
-  const int in_four = 4 * vector_bytes / bytes_of(relu_.input.dtype);
-  const int64_t rest = relu_.count / in_four * in_four;
-  if (blockIdx.x == 0 && threadIdx.x < 32 && rest < relu_.count) relu_of_lanes(space, relu_, rest);
+  const int64_t rest = work.count & -int64_t{work.input.dtype == DType::float32 ? 16 : 32};
+  Space line;
+  line.dimensions = 1;
+  if (blockIdx.x == 0 && threadIdx.x < 32 && rest < work.count) relu_of_lanes(line, work, rest);
 }
 
-__global__ void __launch_bounds__(elementwise_threads) relu_elements(const Space space, const Relu relu_) {
-  relu_of_lanes(space, relu_, static_cast<int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x / 32 * 32);
+__global__ void __launch_bounds__(elementwise_threads) relu_elements(const Space space, const Relu work) {
+  relu_of_lanes(space, work, static_cast<int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x / 32 * 32);
 }
 
 __global__ void __launch_bounds__(elementwise_threads) pass_vectors(uint4* result, const uint4* grad,
                                                                     const uint8_t* bits, bool is_wide, int64_t count) {
-  const int width = is_wide ? 4 : 8;
-  const int64_t whole = count / width;
+  const int64_t whole = is_wide ? count / 4 : count / 8;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows * elementwise_threads + threadIdx.x;
   uint4 loaded[rows] = {};
   uint32_t pieces[rows] = {};
@@ -229,7 +248,7 @@ __global__ void __launch_bounds__(elementwise_threads) pass_vectors(uint4* resul
     }
     if (at < whole) result[at] = {words[0], words[1], words[2], words[3]};
   }
-  const int64_t index = whole * width + first;
+  const int64_t index = whole * (is_wide ? 4 : 8) + first;
   if (index >= count) return;
   const bool pass = bits[index / eight] >> index % eight & 1;
   if (is_wide) {
@@ -251,6 +270,8 @@ __global__ void __launch_bounds__(elementwise_threads) pass_elements(void* resul
   }
 }
 
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % vector_bytes == 0; }
+
 unsigned blocks_for(int64_t count, int64_t of_a_block) {
   return static_cast<unsigned>((count + of_a_block - 1) / of_a_block);
 }
@@ -264,55 +285,58 @@ int threads_for(int64_t vectors_of_a_pixel) {
 }
 
 template <bool affine>
-void run(const Elementwise<3>& all, Relu relu_, float upper, cudaStream_t stream) {
-  relu_.upper = upper;
-  relu_.stop = upper < INFINITY ? upper : NAN;
-  relu_.count = all.space.count;
+void run(const Elementwise<3>& all, Relu work, float upper, cudaStream_t stream) {
+  work.upper = upper;
+  work.stop = upper < INFINITY ? upper : NAN;
+  work.count = all.space.count;
   const auto& [output, input, residual] = all.operands;
-  relu_.output = output;
-  relu_.input = input;
-  relu_.residual = residual;
+  work.output = output;
+  work.input = input;
+  work.residual = residual;
   if (!all.flat || (residual && residual.dtype != input.dtype)) {
-    launch<relu_elements>({blocks_for(relu_.count, elementwise_threads), elementwise_threads, stream}, all.space, relu_);
+    launch<relu_elements>({blocks_for(work.count, elementwise_threads), elementwise_threads, stream}, all.space, work);
     return;
   }
   const int width = vector_bytes / bytes_of(input.dtype);
   int threads = elementwise_threads;
-  Channels& channels = relu_.channels;
-  if (channels.inner == 1 && channels.count % width == 0) threads = threads_for(channels.count / width);
+  Channels& channels = work.channels;
+  if (channels.inner == 1 && channels.count % width == 0) {
+    threads = threads_for(channels.count / width);
+    channels.in_vectors = is_aligned(channels.scale) && is_aligned(channels.shift);
+  }
   channels.within_step = static_cast<int>(threads * width % channels.inner);
   channels.channel_step = static_cast<int>(threads * width / channels.inner % channels.count);
-  const unsigned blocks = blocks_for(relu_.count, rows * threads * width);
-  launch<relu_vectors<affine>>({blocks, static_cast<unsigned>(threads), stream}, all.space, relu_);
+  const unsigned blocks = blocks_for(work.count, rows * threads * width);
+  launch<relu_vectors<affine>>({blocks, static_cast<unsigned>(threads), stream}, work);
 }
 
 }  // namespace
 
 void relu_bits(const View& output, const View& input, const View& bits, float upper, cudaStream_t stream) {
-  Relu relu_ = {};
-  relu_.bits = static_cast<uint8_t*>(bits.data);
+  Relu work = {};
+  work.bits = static_cast<uint8_t*>(bits.data);
   const View none;
-  relu_.channels.inner = relu_.channels.count = 1;
-  run<false>(Elementwise<3>({&output, &input, &none}), relu_, upper, stream);
+  work.channels.inner = work.channels.count = 1;
+  run<false>(Elementwise<3>({&output, &input, &none}), work, upper, stream);
 }
 
 void affine_relu_bits(const View& input, const View& scale, const View& shift, const View& residual, const View& bits,
                       float upper, cudaStream_t stream) {
-  Relu relu_ = {};
-  relu_.bits = static_cast<uint8_t*>(bits.data);
+  Relu work = {};
+  work.bits = static_cast<uint8_t*>(bits.data);
   const bool has_channels = (scale || shift) && input.sizes[1] > 1;
-  relu_.channels.scale = static_cast<const float*>(scale.data);
-  relu_.channels.shift = static_cast<const float*>(shift.data);
-  relu_.channels.inner = has_channels ? input.strides[1] : 1;
-  relu_.channels.count = has_channels ? input.sizes[1] : 1;
-  run<true>(Elementwise<3>({&input, &input, &residual}), relu_, upper, stream);
+  work.channels.scale = static_cast<const float*>(scale.data);
+  work.channels.shift = static_cast<const float*>(shift.data);
+  work.channels.inner = has_channels ? input.strides[1] : 1;
+  work.channels.count = has_channels ? input.sizes[1] : 1;
+  run<true>(Elementwise<3>({&input, &input, &residual}), work, upper, stream);
 }
 
 void relu_bits_backward(const View& result, const View& grad, const View& bits, cudaStream_t stream) {
   const int64_t count = grad.count();
   const bool is_wide = grad.dtype == DType::float32;
   const auto* packed = static_cast<const uint8_t*>(bits.data);
-  if (reinterpret_cast<uintptr_t>(grad.data) % vector_bytes == 0) {
+  if (is_aligned(grad.data)) {
     const int64_t of_a_block = rows * elementwise_threads * (is_wide ? 4 : 8);
     launch<pass_vectors>({blocks_for(count, of_a_block), elementwise_threads, stream}, static_cast<uint4*>(result.data),
                          static_cast<const uint4*>(grad.data), packed, is_wide, count);

@@ -19,7 +19,16 @@ LAYOUTS = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "transposed": lambda x: x.transpose(0, 3),
 }
-SIZES = [(2, 64, 3, 5), (2, 40, 3, 4), (3, 6, 7, 7), (3, 8, 1, 2), (5, 3, 2, 2), (4, 1, 8, 8), (2, 2048, 2, 1)]
+SIZES = [
+    (2, 64, 3, 5),
+    (2, 40, 3, 4),
+    (3, 6, 7, 7),
+    (3, 8, 1, 2),
+    (5, 3, 2, 2),
+    (4, 1, 8, 8),
+    (2, 2048, 2, 1),
+    (5, 12, 9, 9),
+]
 
 
 def plain(input, scale=None, shift=None, residual=None, upper=math.inf):
