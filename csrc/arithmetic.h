@@ -30,7 +30,7 @@ __host__ __device__ inline float relu(float value, float upper) {
 #endif
 }
 
-// Whether the gradient of a ReLU passes at its output, which stops it at 0 and at stop: the upper bound, or NaN without.
+// Whether the gradient of a ReLU passes at its output: not at 0, and not at stop, the upper bound, or NaN without one.
 __host__ __device__ inline bool passes(float output, float stop) { return output != 0 && output != stop; }
 
 // Whether a value becomes the maximum of a window: of several equal ones the first does, of several NaN the last.

@@ -47,8 +47,8 @@ void noise_step(const View& noise, const View& grad, const View& weight, float s
 // byte in the memory order of the output, which has no gaps.
 void relu_bits(const View& output, const View& input, const View& bits, float upper, cudaStream_t stream);
 
-// input = clamp(scale * input + shift + residual, 0, upper), and its bits. Scale and shift have one float32 per channel,
-// the second dimension, one after the other; they and the residual may be missing.
+// input = clamp(scale * input + shift + residual, 0, upper), and its bits. Scale and shift have one float32 for each
+// index of the second dimension, one after the other; they and the residual may be missing.
 void affine_relu_bits(const View& input, const View& scale, const View& shift, const View& residual, const View& bits,
                       float upper, cudaStream_t stream);
 

@@ -1,7 +1,7 @@
 // Max-pooling that leaves one byte per window behind, and its gradient as a gather, which adds in a fixed order.
 //
-// Where channels are innermost, a thread takes those of 16 bytes at one pixel; else the same pixel of four planes, or of
-// four images. So the place of a window is worked out once for four or eight elements.
+// Where channels are innermost, a thread takes those of 16 bytes at one pixel; else the same pixel of four planes, or
+// of four images. So the place of a window is worked out once for four or eight elements.
 #include "arithmetic.h"
 #include "elements.cuh"
 
@@ -164,7 +164,9 @@ template <DType dtype, bool vectors, int batch>
 __device__ void pool_of_thread(const Pool& pool, char* output, uint8_t* winners, const char* input) {
   using Here = Taken<dtype, vectors>;
   constexpr int count = Here::count;
-  constexpr uint32_t lowest = dtype == DType::float32 ? 0xff800000u : dtype == DType::float16 ? 0xfc00fc00u : 0xff80ff80u;
+  constexpr uint32_t lowest = dtype == DType::float32   ? 0xff800000u
+                              : dtype == DType::float16 ? 0xfc00fc00u
+                                                        : 0xff80ff80u;
   Pixel pixel;
   if (!pixel.find(pool, pool.out_rows, pool.out_columns, vectors ? 1 : planes_of_thread)) return;
   const Window& window = pool.window;
@@ -176,6 +178,7 @@ __device__ void pool_of_thread(const Pool& pool, char* output, uint8_t* winners,
   const int64_t inner =
       pixel.within - (static_cast<int64_t>(pixel.row) * pool.out_columns + pixel.column) * pool.inner;
   input += (pixel.plane * plane + inner) * Here::unit_bytes;
+  const int some_column = left < 0 ? 0 : left;
   float best[count];
   int winner[count];
   // where all is -inf, the first place inside the image wins
@@ -194,13 +197,17 @@ __device__ void pool_of_thread(const Pool& pool, char* output, uint8_t* winners,
 #pragma unroll 1
     for (int c = 0; c < window.kernel[1]; c += batch) {
       Here loaded[batch];
+      bool inside[batch];
 #pragma unroll
       for (int b = 0; b < batch; ++b) {
+        // what lies outside is loaded from a pixel inside, so that no load waits for a condition
         const int x = left + (c + b) * window.dilation[1];
-        loaded[b].fill(lowest);
-        if (c + b < window.kernel[1] && x >= 0 && x < pool.columns) {
-          loaded[b].load(row + x * pool.inner * Here::unit_bytes, plane, planes);
-        }
+        inside[b] = c + b < window.kernel[1] && x >= 0 && x < pool.columns;
+        loaded[b].load(row + (inside[b] ? x : some_column) * pool.inner * Here::unit_bytes, plane, planes);
+      }
+#pragma unroll
+      for (int b = 0; b < batch; ++b) {
+        if (!inside[b]) loaded[b].fill(lowest);
       }
 #pragma unroll
       for (int b = 0; b < batch; ++b) {

@@ -1,4 +1,7 @@
 // ReLU, and frozen batch norm with residual and ReLU, that leave one bit per element behind.
+//
+// Tensors that lie in memory alike are taken as vectors of 16 bytes, four to a thread; what the lanes of a warp find is
+// exchanged so that the bits, too, are written as words. Other tensors are taken one element to a lane.
 #include "arithmetic.h"
 #include "elements.cuh"
 
@@ -221,6 +224,16 @@ __global__ void __launch_bounds__(elementwise_threads) relu_elements(const Space
   relu_of_lanes(space, work, static_cast<int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x / 32 * 32);
 }
 
+__device__ void pass_element(void* result, const void* grad, const uint8_t* bits, bool is_wide, int64_t index) {
+  const bool pass = bits[index / eight] >> index % eight & 1;
+  if (is_wide) {
+    static_cast<uint32_t*>(result)[index] = pass ? static_cast<const uint32_t*>(grad)[index] : 0;
+  } else {
+    static_cast<uint16_t*>(result)[index] = pass ? static_cast<const uint16_t*>(grad)[index] : 0;
+  }
+}
+
+// is_wide: elements of four bytes, else of two
 __global__ void __launch_bounds__(elementwise_threads) pass_vectors(uint4* result, const uint4* grad,
                                                                     const uint8_t* bits, bool is_wide, int64_t count) {
   const int64_t whole = is_wide ? count / 4 : count / 8;
@@ -249,25 +262,13 @@ __global__ void __launch_bounds__(elementwise_threads) pass_vectors(uint4* resul
     if (at < whole) result[at] = {words[0], words[1], words[2], words[3]};
   }
   const int64_t index = whole * (is_wide ? 4 : 8) + first;
-  if (index >= count) return;
-  const bool pass = bits[index / eight] >> index % eight & 1;
-  if (is_wide) {
-    reinterpret_cast<uint32_t*>(result)[index] = pass ? reinterpret_cast<const uint32_t*>(grad)[index] : 0;
-  } else {
-    reinterpret_cast<uint16_t*>(result)[index] = pass ? reinterpret_cast<const uint16_t*>(grad)[index] : 0;
-  }
+  if (index < count) pass_element(result, grad, bits, is_wide, index);
 }
 
 __global__ void __launch_bounds__(elementwise_threads) pass_elements(void* result, const void* grad,
                                                                      const uint8_t* bits, bool is_wide, int64_t count) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x;
-  if (index >= count) return;
-  const bool pass = bits[index / eight] >> index % eight & 1;
-  if (is_wide) {
-    static_cast<uint32_t*>(result)[index] = pass ? static_cast<const uint32_t*>(grad)[index] : 0;
-  } else {
-    static_cast<uint16_t*>(result)[index] = pass ? static_cast<const uint16_t*>(grad)[index] : 0;
-  }
+  if (index < count) pass_element(result, grad, bits, is_wide, index);
 }
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % vector_bytes == 0; }

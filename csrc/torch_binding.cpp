@@ -1,5 +1,6 @@
 // The ops as torch sees them, over its stable ABI: tensors become views, outputs are allocated, kernels are launched on
 // the current stream of the tensors' device. Python has checked shapes and dtypes.
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -53,19 +54,24 @@ OptionalTensor as_floats(const OptionalTensor& tensor) {
   return torch::stable::contiguous(torch::stable::to(*tensor, ScalarType::Float));
 }
 
-// Of four dimensions, the channels innermost, then columns, rows and images; gaps or none, as asked for.
-bool is_channels_last(const Tensor& tensor, bool without_gaps) {
+// Four dimensions without gaps, the channels innermost, then columns, rows and images.
+bool is_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 4) return false;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t least = without_gaps ? 1 : 0;
-  if (!without_gaps && strides[1] == 0) return false;
+  int64_t expected = 1;
   for (const int d : {1, 3, 2, 0}) {
-    if (without_gaps) {
-      if (sizes[d] != 1 && strides[d] != least) return false;
-      least *= sizes[d];
-      continue;
-    }
-    // torch's guess at what a layout is meant to be: where sizes of 1 leave it open, it is not channels_last
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// Torch's guess at the layout that strides are meant for, with gaps, too; not so where sizes of 1 leave it open.
+bool suggests_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4 || tensor.strides()[1] == 0) return false;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t least = 0;
+  for (const int d : {1, 3, 2, 0}) {
     if (sizes[d] == 0 || strides[d] < least || (d == 0 && least == strides[1])) return false;
     least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
   }
@@ -103,10 +109,11 @@ void noise_step_(Tensor noise, const Tensor& grad, const OptionalTensor& weight,
                       device.stream());
 }
 
-// Laid out as torch's own elementwise ops lay out their result.
-Tensor elementwise_result(const Tensor& input) {
+// As torch lays out the result of relu, and of hardtanh: they differ in the strides of dimensions of size 1.
+Tensor relu_result(const Tensor& input, bool has_upper) {
+  if (has_upper) return torch::stable::empty_like(input);
   if (input.is_contiguous()) return empty(input, sizes_of(input), input.scalar_type(), false);
-  if (is_channels_last(input, true)) return empty(input, sizes_of(input), input.scalar_type(), true);
+  if (is_channels_last(input)) return empty(input, sizes_of(input), input.scalar_type(), true);
   return torch::stable::empty_like(input);
 }
 
@@ -116,7 +123,7 @@ Tensor bits_of(const Tensor& tensor) {
 
 std::tuple<Tensor, Tensor> relu_bits(const Tensor& input, double upper) {
   const Device device(input);
-  const Tensor output = elementwise_result(input), bits = bits_of(input);
+  const Tensor output = relu_result(input, upper < INFINITY), bits = bits_of(input);
   maskops::relu_bits(view(output), view(input), view(bits), static_cast<float>(upper), device.stream());
   return {output, bits};
 }
@@ -162,8 +169,8 @@ maskops::Window window_of(const Sizes& kernel_size, const Sizes& stride, const S
 int64_t windows(int64_t size, const maskops::Window& window, int side, bool ceil_mode) {
   const int64_t stride = window.stride[side], padding = window.padding[side];
   const int64_t extent = static_cast<int64_t>(window.dilation[side]) * (window.kernel[side] - 1) + 1;
-  STD_TORCH_CHECK(padding >= 0 && 2 * padding <= extent, "max_pool_winners: padding must be at most half of the window ",
-                  extent, "; got ", padding);
+  STD_TORCH_CHECK(padding >= 0 && 2 * padding <= extent,
+                  "max_pool_winners: padding must be at most half of the window of ", extent, "; got ", padding);
   const int64_t room = size + 2 * padding - extent;
   STD_TORCH_CHECK(room >= 0 || (ceil_mode && room + stride > 0), "max_pool_winners: a window of ", extent,
                   " must fit into the padded image; got ", size + 2 * padding);
@@ -176,7 +183,7 @@ std::tuple<Tensor, Tensor> max_pool_winners(const Tensor& input, Sizes kernel_si
                                             Sizes dilation, bool ceil_mode) {
   const Device device(input);
   const maskops::Window window = window_of(kernel_size, stride, padding, dilation);
-  const bool channels_last = is_channels_last(input, false);
+  const bool channels_last = suggests_channels_last(input);
   const Tensor dense =
       torch::stable::contiguous(input, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   Sizes sizes = sizes_of(input);
@@ -193,7 +200,7 @@ std::tuple<Tensor, Tensor> max_pool_winners(const Tensor& input, Sizes kernel_si
 Tensor max_pool_winners_backward(const Tensor& grad, const Tensor& winners, Sizes input_size, Sizes kernel_size,
                                  Sizes stride, Sizes padding, Sizes dilation) {
   const Device device(grad);
-  const bool channels_last = !winners.is_contiguous() && is_channels_last(winners, true);
+  const bool channels_last = !winners.is_contiguous() && is_channels_last(winners);
   const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   const Tensor dense = torch::stable::contiguous(grad, format), places = torch::stable::contiguous(winners, format);
   const Tensor result = empty(grad, input_size, grad.scalar_type(), channels_last);
@@ -208,7 +215,8 @@ STABLE_TORCH_LIBRARY(maskops_cuda, library) {
   library.def("noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()");
   library.def("relu_bits(Tensor input, float upper) -> (Tensor, Tensor)");
   library.def("relu_bits_(Tensor(a!) input, float upper) -> Tensor");
-  library.def("affine_relu_bits_(Tensor(a!) input, Tensor? scale, Tensor? shift, Tensor? residual, float upper) -> Tensor");
+  library.def(
+      "affine_relu_bits_(Tensor(a!) input, Tensor? scale, Tensor? shift, Tensor? residual, float upper) -> Tensor");
   library.def("relu_bits_backward(Tensor grad, Tensor bits) -> Tensor");
   library.def(
       "max_pool_winners(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
