@@ -101,4 +101,19 @@ __host__ __device__ inline float from_byte(uint32_t byte) {
   return fmaf(value, 1.5318628356908448e-05f, value * 0.00390625f);
 }
 
+// Into [0, upper] as torch does it: NaN stays, and -0 becomes 0 on the device, while the host keeps it.
+__host__ __device__ inline float relu(float value, float upper) {
+#ifdef __CUDA_ARCH__
+  return value != value ? value : fminf(fmaxf(value, 0.0f), upper);
+#else
+  return clamp(value, 0.0f, upper);
+#endif
+}
+
+// Whether the gradient of a ReLU passes at its output: not at 0, and not at stop, the upper bound, or NaN without one.
+__host__ __device__ inline bool passes(float output, float stop) { return output != 0 && output != stop; }
+
+// Whether a value becomes the maximum of a window: of several equal ones the first does, of several NaN the last.
+__host__ __device__ inline bool wins(float value, float best) { return value > best || value != value; }
+
 }  // namespace maskops

@@ -63,6 +63,7 @@ _SCHEMAS = (
     "noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()",
     "relu_bits(Tensor input, float upper) -> (Tensor, Tensor)",
     "relu_bits_(Tensor(a!) input, float upper) -> Tensor",
+    "affine_relu_bits_(Tensor(a!) input, Tensor? scale, Tensor? shift, Tensor? residual, float upper) -> Tensor",
     "relu_bits_backward(Tensor grad, Tensor bits) -> Tensor",
     "max_pool_winners(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
     "bool ceil_mode) -> (Tensor, Tensor)",

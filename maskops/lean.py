@@ -16,11 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from maskops import _ops as _ops
 from maskops.backends import reference
-from maskops.functional._autograd import ReLUBackward
+from maskops.functional._autograd import ReLUBackward, may_overwrite
 
 aten = torch.ops.aten
-
-_DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
 class lean_autograd(ContextDecorator, TorchFunctionMode):  # noqa: N801
@@ -209,14 +207,6 @@ def _frozen(*tensors: Tensor | None) -> bool:
     return all(tensor is None or (_is_plain(tensor) and not tensor.requires_grad) for tensor in tensors)
 
 
-def _may_overwrite(input: Tensor) -> bool:
-    """Whether an op may mark ``input`` as overwritten: no leaf, no view, no gaps in memory, nothing traced."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    dense = any(input.is_contiguous(memory_format=layout) for layout in _DENSE)
-    return dense and not input.is_leaf and not input._is_view()
-
-
 def _list(value: int | Sequence[int], length: int) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * length if len(values) == 1 else values
@@ -226,7 +216,7 @@ def _list(value: int | Sequence[int], length: int) -> list[int]:
 
 
 def _relu(plain, input, inplace=False, upper=math.inf):
-    if inplace and not _may_overwrite(input):
+    if inplace and not may_overwrite(input):
         return input.copy_(_ReLU.apply(input, upper, False)[0])
     return _ReLU.apply(input, upper, inplace)[0]
 

@@ -297,6 +297,7 @@ def test_every_function_refuses_a_backend_that_does_not_exist(name):
     arguments |= {"masked_conv3d": (rand(1, 1, 1, 1, 1),) * 3}
     arguments |= {"many_masked_conv2d": (rand(1, 1, 1, 1), rand(1, 1, 1, 1), rand(1, 1, 1, 1, 1))}
     arguments |= {"many_masked_linear": (rand(1, 1), rand(1, 1), rand(1, 1, 1))}
+    arguments |= {"affine_relu_": (rand(1, 1), rand(1))}
     arguments |= {"prepare_images": (rand(1, 1, 1, 1),), "trigger_step_": (rand(1, 1, 1, 1), rand(1, 1, 1, 1), 0.1)}
     with pytest.raises(ValueError, match=NO_METAL):
         getattr(functional, name)(*arguments.get(name, (rand(1, 1, 1, 1),) * 3), backend="metal")

@@ -84,6 +84,18 @@ def test_relu_bits_of_any_size(count, backend):
     assert torch.equal(ops.relu_bits_backward(grad, bits, backend=backend), grad * (x > 0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_bits_of_many_elements(dtype, backend):
+    x, grad = rand(40, 503, dtype=dtype), rand(40, 503, dtype=dtype)
+    serves(backend, "relu_bits", x)
+    output, bits = ops.relu_bits(x, 1.0, backend=backend)
+    assert torch.equal(output, x.clamp(0, 1))
+    passes = (x > 0) & (x < 1)
+    unpacked = bits.unsqueeze(1) >> torch.arange(8, device=DEVICE) & 1
+    assert torch.equal(unpacked.view(-1)[: x.numel()].bool(), passes.view(-1))
+    assert torch.equal(ops.relu_bits_backward(grad, bits, backend=backend), torch.where(passes, grad, 0))
+
+
 @pytest.mark.parametrize("begin", [1, 2, 7])
 def test_relu_bits_of_memory_that_begins_anywhere(begin, backend):
     x, grad = rand(300)[begin:], rand(301)[begin + 1 :]
@@ -147,6 +159,29 @@ def test_max_pool_winners_is_max_pool(pool, layout, dtype, backend):
         torch.testing.assert_close(actual, expected)
     else:
         same_bits(actual, expected) if DEVICE == "cpu" else torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [16, 24, 6])
+@pytest.mark.parametrize("pool", POOLS)
+def test_max_pool_winners_of_many_channels(pool, channels, dtype, backend):
+    """Few values, so that there are ties, and gradients whose sums are exact."""
+    arguments, ceil_mode = POOLS[pool][:-1], POOLS[pool][-1]
+    x = torch.randint(-4, 5, (3, channels, 9, 11)).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+    serves(backend, "max_pool_winners", x)
+    output, winners = ops.max_pool_winners(x, *arguments, ceil_mode, backend=backend)
+    expected, expected_winners = reference.max_pool_winners(x, *arguments, ceil_mode)
+    assert torch.equal(output, expected) and torch.equal(winners, expected_winners)
+    grad = torch.empty_like(output).copy_(torch.randint(-8, 8, output.shape))
+    actual = ops.max_pool_winners_backward(grad, winners, x.shape, *arguments, backend=backend)
+    expected = reference.max_pool_winners_backward(grad, winners, list(x.shape), *arguments)
+    assert torch.equal(actual, expected) and actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(("kernel_size", "padding"), [([2, 2], [2, 0]), ([9, 2], [0, 0])])
+def test_max_pool_winners_refuses_windows_that_plain_torch_refuses(kernel_size, padding, backend):
+    with pytest.raises(RuntimeError, match=r"pad|[Oo]utput"):
+        ops.max_pool_winners(rand(1, 2, 5, 5), kernel_size, [1, 1], padding, [1, 1], False, backend=backend)
 
 
 @pytest.mark.parametrize("size", [(2, 3, 1, 1), (2, 3, 1, 9), (2, 3, 9, 1), (3, 5, 5), (0, 3, 4, 4)])

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskops import functional
 from maskops.functional import (
+    affine_relu_,
     clip_mask_,
     dual_masked_conv2d,
     dual_masked_linear,
@@ -70,6 +71,11 @@ def conv_block(input, weight, mask, noise, bias, residual):
     return masked_conv2d_relu(input, weight, mask, bias, noise=noise, scale=scale, shift=-scale, residual=residual)
 
 
+def affine_relu(input, residual):
+    scale = torch.tensor([0.5, -2.0], dtype=input.dtype, device=input.device)
+    return affine_relu_(input * 1, scale, scale + 1, residual, 2.0)
+
+
 def plain_block(input, residual, **layer):
     output = plain_layer(F.conv2d, input, **layer)
     scale = torch.tensor([0.5, 2.0], dtype=output.dtype, device=output.device).view(-1, 1, 1)
@@ -88,6 +94,7 @@ def perturbed_images(trigger):
 
 # function, shapes of its tensors
 CASES = {
+    "affine_relu_": (affine_relu, {"input": (2, 2, 3, 3), "residual": (2, 2, 3, 3)}),
     "effective_weight": (effective_weight, {"weight": (3, 2, 2), "mask": (3, 2, 2), "noise": (3, 1, 1)}),
     "masked_conv1d": (partial(masked_conv1d, stride=2, padding=1), layer((2, 2, 5), (3, 2, 3), bias=(3,))),
     "masked_conv2d": (partial(masked_conv2d, **SAME), layer((2, 4, 3, 3), (2, 2, 2, 3), (2, 2, 1, 1), (2,))),

@@ -31,6 +31,12 @@ mask_sgd_step_ = _ops.mask_sgd_step_.default
 rescale_to_l1_ball = _ops.rescale_to_l1_ball.default
 project_onto_l1_ball = _ops.project_onto_l1_ball.default
 noise_step_ = _ops.noise_step_.default
+relu_bits = _ops.relu_bits.default
+relu_bits_ = _ops.relu_bits_.default
+affine_relu_bits_ = _ops.affine_relu_bits_.default
+relu_bits_backward = _ops.relu_bits_backward.default
+max_pool_winners = _ops.max_pool_winners.default
+max_pool_winners_backward = _ops.max_pool_winners_backward.default
 prepare_images_backward = _ops.prepare_images_backward.default
 trigger_step_ = _ops.trigger_step_.default
 

@@ -12,11 +12,12 @@ from maskops.functional.images import prepare_images
 from maskops.functional.l1_ball import project_onto_l1_ball, rescale_to_l1_ball
 from maskops.functional.linear import dual_masked_linear, masked_linear
 from maskops.functional.many import many_masked_conv2d, many_masked_linear
-from maskops.functional.norm import masked_batch_norm, masked_layer_norm
+from maskops.functional.norm import affine_relu_, masked_batch_norm, masked_layer_norm
 from maskops.functional.trigger import trigger_step_
 from maskops.functional.weight import clip_mask_, effective_weight, effective_weights
 
 __all__ = [
+    "affine_relu_",
     "clip_mask_",
     "dual_masked_conv2d",
     "dual_masked_linear",

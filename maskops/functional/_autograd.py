@@ -17,14 +17,18 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from maskops.backends import reference
 from maskops.backends.reference.l1_ball import l1_norm
 from maskops.backends.reference.layers import before_relu
+from maskops.backends.reference.sign_bits import affine
 
 _ops = torch.ops.maskops
+
+_DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 Branches = tuple[Tensor | None, ...]
 """The input of a layer; of a dual one the clean and the perturbed input, None for the clean one."""
@@ -177,6 +181,45 @@ class MaskedConvReLU(Function):
             grads = _deal(_compute("masked_conv_backward", *layer, backend=ctx.backend), needs)
         grad_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
         return *grads, None, None, grad_residual, None, None
+
+
+class AffineReLU(Function):
+    """``clamp(scale * input + shift + residual, 0, upper)``, over the input or beside it; backward keeps bits."""
+
+    @staticmethod
+    def formula(input, scale, shift, residual, upper, overwrite):
+        return F.hardtanh(affine(input, scale, shift, residual).to(input.dtype), 0, upper)
+
+    @staticmethod
+    def forward(ctx, input, scale, shift, residual, upper, overwrite, backend):
+        if overwrite:
+            ctx.mark_dirty(input)
+        output = input if overwrite else input.clone()
+        bits = _ops.affine_relu_bits_(output, scale, shift, residual, upper, backend=backend)
+        ctx.backend, ctx.strides = backend, output.stride()
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.save_for_backward(scale, bits)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale, bits = ctx.saved_tensors
+        grad = ReLUBackward.apply(grad, bits, ctx.strides, ctx.backend)
+        grad_input = grad if ctx.needs_input_grad[0] else None
+        if grad_input is not None and scale is not None:
+            grad_input = (grad * scale.view(-1, *[1] * (grad.dim() - 2))).to(grad.dtype)
+        grad_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+        return grad_input, None, None, grad_residual, None, None, None
+
+
+def may_overwrite(input: Tensor) -> bool:
+    """Whether a function may mark ``input`` as overwritten: no learned leaf, no view, no gaps, nothing traced."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    dense = any(input.is_contiguous(memory_format=layout) for layout in _DENSE)
+    if not torch.is_grad_enabled():
+        return dense
+    return dense and not (input.is_leaf and input.requires_grad) and not input._is_view()
 
 
 class ReLUBackward(Function):

@@ -28,6 +28,7 @@ from maskops.backends.reference.many import (
 from maskops.backends.reference.mask_adam8bit import mask_adam8bit_step_
 from maskops.backends.reference.mask_step import mask_adam_step_, mask_sgd_step_, noise_step_
 from maskops.backends.reference.sign_bits import (
+    affine_relu_bits_,
     max_pool_winners,
     max_pool_winners_backward,
     relu_bits,
@@ -37,6 +38,7 @@ from maskops.backends.reference.sign_bits import (
 from maskops.backends.reference.trigger_step import trigger_step_
 
 __all__ = [
+    "affine_relu_bits_",
     "arena_effective_weight_",
     "arena_mask_grad",
     "dual_masked_conv",

@@ -1,4 +1,4 @@
-"""ReLU that leaves one bit per element behind, and max-pooling that leaves one byte per window."""
+"""ReLU, also after frozen batch norm, that leaves a bit per element, and max-pooling that leaves a byte per window."""
 
 from __future__ import annotations
 
@@ -31,6 +31,30 @@ def relu_bits(input: Tensor, upper: float) -> tuple[Tensor, Tensor]:
 def relu_bits_(input: Tensor, upper: float) -> Tensor:
     """The bits of ``relu_bits``; the output overwrites the input, which has no gaps in memory."""
     return _pack(input.relu_() if upper == math.inf else aten.hardtanh_(input, 0, upper), upper)
+
+
+def affine_relu_bits_(
+    input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, upper: float
+) -> Tensor:
+    """``clamp(scale * input + shift + residual, 0, upper)`` over the input, which has no gaps in memory, and its bits.
+
+    scale and shift have one number per channel. In float32, or in the input's float64, and rounded once.
+    """
+    input.copy_(affine(input, scale, shift, residual))
+    return relu_bits_(input, upper)
+
+
+def affine(input: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+    """``scale * input + shift + residual`` in float32, or in the input's float64."""
+    output = input if input.dtype == torch.float64 else input.float()
+    per_channel = (-1, *[1] * (input.dim() - 2))
+    if scale is not None:
+        output = output * scale.view(per_channel).to(output.dtype)
+    if shift is not None:
+        output = output + shift.view(per_channel).to(output.dtype)
+    if residual is not None:
+        output = output + residual.to(output.dtype)
+    return output
 
 
 def relu_bits_backward(grad: Tensor, bits: Tensor) -> Tensor:
