@@ -189,7 +189,8 @@ void prepare_images(const View& output, const Stored& stored, const View& trigge
   const int64_t of_a_block = std::min((threads + 31) / 32 * 32, int64_t{image_threads});
   const int64_t blocks = (threads + of_a_block - 1) / of_a_block;
   const int64_t rows = std::max(int64_t{blocks_of_a_processor} * processors() / blocks, int64_t{1});
-  const Launch how = {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min({batch, rows, int64_t{65535}}))),
+  const unsigned images = static_cast<unsigned>(std::min({batch, rows, int64_t{65535}}));
+  const Launch how = {dim3(static_cast<unsigned>(blocks), images),
                       dim3(static_cast<unsigned>(of_a_block)), stream};
   if (flat) {
     launch<prepare<true>>(how, preparation);

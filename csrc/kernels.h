@@ -121,8 +121,8 @@ void mask_adam8bit_step(const MaskStepArguments& arguments, const View& exp_avg,
 void noise_step(const View& noise, const View& grad, const View& weight, float step_size, float bound,
                 cudaStream_t stream);
 
-// The rows of a (rows, entries) tensor moved into the L1 ball: times min(1, radius / norm), or to the nearest point. The
-// workspace has as many bytes as the other function says, aligned to 16.
+// The rows of a (rows, entries) tensor moved into the L1 ball: times min(1, radius / norm), or to the nearest point.
+// The workspace has as many bytes as the other function says, aligned to 16.
 int64_t l1_ball_workspace(int64_t rows, int64_t entries);
 void l1_ball(const View& output, const View& input, void* workspace, double radius, bool project, cudaStream_t stream);
 

@@ -127,7 +127,8 @@ __device__ Move find_move(double norm, double radius, bool project, int64_t entr
 
 // A row in the registers of a block, or of one of its warps where the block has several rows.
 template <bool flat>
-__global__ void __launch_bounds__(most_threads, 1) move_rows_in_registers(const Rows rows, double radius, bool project) {
+__global__ void __launch_bounds__(most_threads, 1)
+    move_rows_in_registers(const Rows rows, double radius, bool project) {
   __shared__ Sum shared[BlockSum::shared_sums];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows.rows) return;  // whole warps, which no other waits for
@@ -278,7 +279,9 @@ Slices slices_of(int64_t rows, int64_t entries) {
   const bool has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   if (has_clusters && entries <= int64_t{largest_cluster} * capacity) {
     unsigned blocks = 1;
-    const auto is_worth_it = [&] { return 2 * rows * blocks <= all && entries > int64_t{2} * least_of_a_block * blocks; };
+    const auto is_worth_it = [&] {
+      return 2 * rows * blocks <= all && entries > int64_t{2} * least_of_a_block * blocks;
+    };
     while (blocks < largest_cluster && (entries > int64_t{blocks} * capacity || is_worth_it())) blocks *= 2;
     return slices(blocks > 1 ? Together::cluster : Together::alone, blocks);
   }

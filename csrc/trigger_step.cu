@@ -155,7 +155,8 @@ void trigger_step(const View& trigger, const View& grad, void* workspace, float 
   if (!parts) return;
   const int64_t turns = (entries + rescale_threads - 1) / rescale_threads;
   const dim3 grid(static_cast<unsigned>(std::min(turns, int64_t{4} * processors())));
-  launch<rescale_trigger>({grid, dim3(rescale_threads), stream}, ascent, ball, stepped, parts, static_cast<int>(blocks));
+  launch<rescale_trigger>({grid, dim3(rescale_threads), stream}, ascent, ball, stepped, parts,
+                          static_cast<int>(blocks));
 }
 
 }  // namespace maskops
