@@ -53,6 +53,18 @@ def test_sums_in_parts_repeat_themselves(many_processors):
     assert all(torch.equal(one, other) for one, other in zip(gradients(), gradients(), strict=True))
 
 
+@pytest.mark.parametrize("size", [(5, 6), (6, 7)], ids=str)
+def test_one_tap_with_a_stride(backend, size):
+    options = {"stride": (2, 3)}
+    made = layer_tensors((2, 4, *size), (5, 4, 1, 1))
+    check(partial(masked_conv2d, **options), partial(plain_layer, F.conv2d, **options), made, backend)
+    made["perturbed_input"] = rand(2, 4, *size)
+    check(partial(dual_masked_conv2d, **options), partial(plain_dual, F.conv2d, **options), made, backend)
+    made, options = layer_tensors((2, 4, *size), (4, 5, 1, 1)), {**options, "output_padding": (1, 2)}
+    plain = partial(plain_layer, F.conv_transpose2d, **options)
+    check(partial(masked_conv_transpose2d, **options), plain, made, backend)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
 def test_masks_per_neuron_over_a_frozen_weight(backend, noise, groups, many_processors):

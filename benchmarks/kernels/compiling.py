@@ -17,9 +17,6 @@ from benchmarks.kernels.table import SHARED_MEMORY, Row, kernel_names
 from benchmarks.results import first_line, say
 from maskops.backends.triton import _launch, blocks
 
-_HARMLESS = 16
-"""Bytes of stack that a kernel may take, outside of the loop around its matrix instructions."""
-
 
 class _AbsentGPU:
     """As much of a driver as compiling asks for."""
@@ -96,8 +93,8 @@ class Compiler:
         self.rows.append(
             Row(
                 *(name, str(self.capability), self._case.dtype, self._case.words),
-                *(str(number) for number in (metadata.num_warps, metadata.num_stages, *binary[:4])),
-                *(str(metadata.shared), binary.matrix, *(str(number) for number in binary[5:])),
+                *(str(number) for number in (metadata.num_warps, metadata.num_stages, *binary[:3])),
+                *(str(metadata.shared), binary.matrix, *(str(number) for number in binary[4:])),
                 limits,
                 *(triton.__version__, self.sources),
             )
@@ -107,7 +104,7 @@ class Compiler:
         """What a launch would run into, and where the compiler had no register left."""
         most = min(255, 65536 // (32 * metadata.num_warps))
         reached = {
-            "spills": binary.loop_local > 0 or binary.stack > _HARMLESS,
+            "spills": binary.stack > 0 or binary.local > 0,
             "shared memory": metadata.shared > SHARED_MEMORY[self.capability],
             "all registers": binary.registers >= most,
         }

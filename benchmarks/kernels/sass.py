@@ -23,8 +23,7 @@ class Binary(NamedTuple):
     stack:       bytes per thread of memory that the compiler took for itself
     local:       loads and stores of such memory: registers are spilled, or indexed at run time
     matrix:      ``HGMMA register A``, ``HGMMA shared A``, ``HMMA``, or nothing
-    loop_local:  those of them in the loops around the matrix instructions
-    loop_stores: stores to shared memory in these loops; copies of global memory aren't any
+    loop_stores: stores to shared memory in the loops around the matrix instructions; copies of global memory aren't any
     loads:       of global memory
     wide_loads:  those of 128 bits
     """
@@ -32,7 +31,6 @@ class Binary(NamedTuple):
     registers: int
     stack: int
     local: int
-    loop_local: int
     matrix: str
     loop_stores: int
     loads: int
@@ -60,7 +58,6 @@ def parse(text: str) -> Binary:
         registers=int(used["REG"]),
         stack=int(used["STACK"]) + int(used["LOCAL"]),
         local=_count(code, _LOCAL),
-        loop_local=_count(code, _LOCAL, loops),
         matrix=", ".join(kinds),
         loop_stores=_count(code, _STORE, loops),
         loads=len(loads),

@@ -36,7 +36,6 @@ class Row:
     registers: str
     stack: str
     local: str
-    loop_local: str
     shared: str
     matrix: str
     loop_stores: str

@@ -13,7 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskops.backends.triton.convolution import _factors, _taps, effective_tile
+from maskops.backends.triton.convolution import (
+    effective_tile,
+    load_factors,
+    phase_pixels,
+    phase_taps,
+    reached_by,
+    step_of_sum,
+)
 from maskops.backends.triton.weights import only_if
 
 
@@ -47,20 +54,8 @@ def many_forward(
     totals = ()
     for _ in tl.static_range(products):
         totals += (tl.zeros((BLOCK_O, BLOCK_P), tl.float32),)
-    channel_blocks = tl.cdiv(group_in, BLOCK_C)
-    for step in range(tl.cdiv(R * S * group_in, BLOCK_C) if FLAT else R * S * channel_blocks):
-        if FLAT:
-            k = step * BLOCK_C + tl.arange(0, BLOCK_C)
-            channel, tap = k % group_in, k // group_in
-            real_k = k < R * S * group_in
-            r, s = (tap // S)[None, :], (tap % S)[None, :]
-            down, right = (tap // S * dilation[0])[:, None], (tap % S * dilation[1])[:, None]
-        else:
-            channel = step % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-            tap = step // channel_blocks
-            real_k = channel < group_in
-            r, s = tap // S, tap % S
-            down, right = r * dilation[0], s * dilation[1]
+    for step in range(tl.cdiv(R * S * group_in, BLOCK_C) if FLAT else R * S * tl.cdiv(group_in, BLOCK_C)):
+        channel, real_k, r, s, down, right = step_of_sum(step, group_in, dilation, R, S, FLAT, BLOCK_C)
         real_weight = real_out[:, None] & real_k[None, :]
         at = channel[None, :] * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3]
         value = tl.load(weight + weight_at + at, mask=real_weight, other=0).to(tl.float32)
@@ -127,20 +122,17 @@ def many_input_grad(
     group = tl.program_id(1)
     phase = tl.program_id(2) % (stride[0] * stride[1])
     phase_row, phase_column = phase // stride[1], phase % stride[1]
-    phase_rows, phase_columns = tl.cdiv(input_rows, stride[0]), tl.cdiv(input_columns, stride[1])
     in_tiles = tl.cdiv(group_in, BLOCK_C)
     channel = (tl.program_id(0) % in_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = (tl.program_id(0) // in_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    column = pixel % phase_columns * stride[1] + phase_column
-    row = pixel // phase_columns % phase_rows * stride[0] + phase_row
-    image = (pixel // phase_columns // phase_rows).to(tl.int64)
+    image, row, column = phase_pixels(pixel, phase_row, phase_column, input_rows, input_columns, stride)
     real_channel = channel < group_in
     real_pixel = (image < images) & (row < input_rows) & (column < input_columns)
     kind: tl.constexpr = grad.dtype.element_ty
     image_at = image * grad_strides[0] + group.to(tl.int64) * group_out * grad_strides[1]
 
-    first_r, count_r = _taps(phase_row + padding[0], stride[0], dilation[0], R)
-    first_s, count_s = _taps(phase_column + padding[1], stride[1], dilation[1], S)
+    first_r, count_r = phase_taps(phase_row + padding[0], stride[0], dilation[0], R)
+    first_s, count_s = phase_taps(phase_column + padding[1], stride[1], dilation[1], S)
     out_blocks = tl.cdiv(group_out, BLOCK_O)
     # the sum goes over all masks here, else a program has its own
     mask_blocks = tl.cdiv(count, MASKS) if SHARED else 1
@@ -159,12 +151,10 @@ def many_input_grad(
         out_at = (group * group_out + out).to(tl.int64)
         at = (channel * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3])[:, None]
         value = tl.load(weight + at + (out_at * weight_strides[0])[None, :], mask=real_weight, other=0).to(tl.float32)
-        if POINTWISE:
-            from_row, from_column, real_grad = row, column, real_pixel
-        else:
-            below, across = row + padding[0] - r * dilation[0], column + padding[1] - s * dilation[1]
-            from_row, from_column = below // stride[0], across // stride[1]
-            real_grad = (below >= 0) & (from_row < rows) & (across >= 0) & (from_column < columns) & real_pixel
+        from_row, from_column, real_grad = row, column, real_pixel
+        if not POINTWISE:
+            from_row, from_column, reached = reached_by(row, column, r, s, rows, columns, stride, padding, dilation)
+            real_grad &= reached
         at_grad = image_at + from_row * grad_strides[2] + from_column * grad_strides[3]
         at_grad = at_grad[None, :] + (out * grad_strides[1])[:, None]
         real = real_out[:, None] & real_grad[None, :]
@@ -207,5 +197,7 @@ def _factor(masks, noise, j, apart, row, column, r, s, mask_strides, noise_strid
     own_noise = noise
     if noise is not None:
         own_noise = noise + j * apart[3]
-    factor, _ = _factors(masks + j * apart[2], own_noise, row, column, r, s, mask_strides, noise_strides, inside, False)
+    factor, _ = load_factors(
+        masks + j * apart[2], own_noise, row, column, r, s, mask_strides, noise_strides, inside, False
+    )
     return factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -95,7 +96,8 @@ def shared_bytes(tile: Blocks, entry_bytes: tuple[int, int]) -> int:
     return tile.inner * (left + right)
 
 
-def variants(tile: Blocks, entry_bytes: tuple[int, int], device: torch.device) -> list[Blocks]:
+@lru_cache(maxsize=4096)
+def variants(tile: Blocks, entry_bytes: tuple[int, int], device: torch.device) -> tuple[Blocks, ...]:
     """The tile, and others that fit and may be faster on a device or shape that the table knows little of."""
     half_left = _resized(tile, max(tile.left // 2, 16), tile.right)
     half_right = _resized(tile, tile.left, max(tile.right // 2, 16))
@@ -104,7 +106,7 @@ def variants(tile: Blocks, entry_bytes: tuple[int, int], device: torch.device) -
     spread = tile._replace(warps=8 if tile.warps == 4 else 4)
     others = [half_left, half_right, *deeper, *staged, spread]
     room = _SHARED[_known(capability(device))]
-    return list(dict.fromkeys([tile, *(other for other in others if shared_bytes(other, entry_bytes) <= room)]))
+    return tuple(dict.fromkeys([tile, *(other for other in others if shared_bytes(other, entry_bytes) <= room)]))
 
 
 def occupy(tile: Blocks, left: int, right: int, device: torch.device) -> Blocks:
@@ -121,9 +123,17 @@ def _resized(tile: Blocks, left: int, right: int) -> Blocks:
     return tile._replace(left=left, right=right, warps=max(warps, 4 if left >= 64 else 1))
 
 
-def registers_of(kind: str, device: torch.device) -> int | None:
-    """How many registers a thread may have, where ptxas, left to itself, spills some to have two programs."""
-    return 255 if kind == "tf32" and capability(device) < (9, 0) else None
+def registers(programs: int | None, warps: int) -> int | None:
+    """How many registers a thread may have where so many programs share a processor; without a number, None.
+
+    Said aloud, ptxas makes do with them; left to itself, it may aim at more programs than fit, and spill for that.
+    """
+    return None if programs is None else min(255, 65536 // (32 * warps * programs) // 8 * 8)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether tiles are made for wgmma; ptxas needs to be told about registers more often where they aren't."""
+    return TABLE[_known(capability(device))] is _HOPPER
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -131,6 +141,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+@cache
 def processors(device: torch.device) -> int:
     """The streaming multiprocessors of a device; those of an H100 for a GPU that isn't there, one for the CPU."""
     if device.type != "cuda":

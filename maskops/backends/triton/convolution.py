@@ -20,7 +20,7 @@ from maskops.backends.triton.weights import load_factor
 
 
 @triton.jit
-def _factors(mask, noise, row, column, r, s, mask_strides, noise_strides, inside, TWO: tl.constexpr):
+def load_factors(mask, noise, row, column, r, s, mask_strides, noise_strides, inside, TWO: tl.constexpr):
     """What the weights (row: out, column: in) are multiplied by in each branch; only one branch: twice the same."""
     at = row * mask_strides[0] + (column * mask_strides[1] + r * mask_strides[2] + s * mask_strides[3])
     clean = load_factor(mask + at, inside)
@@ -41,6 +41,28 @@ def effective_tile(value, factor, kind: tl.constexpr, PRECISION: tl.constexpr):
         rounded = ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         tile = tl.where(tile == tile, rounded, tile)  # the sum would turn some NaN into zero
     return tile.to(kind)
+
+
+@triton.jit
+def step_of_sum(step, group_in, dilation, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Input channels of a step of the forward sum, which of them are there, their taps, and where these lie.
+
+    FLAT: a step runs over the channels of several taps: they are rows, and where they lie is a column
+    """
+    if FLAT:
+        k = step * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel, tap = k % group_in, k // group_in
+        real = k < R * S * group_in
+        r, s = (tap // S)[None, :], (tap % S)[None, :]
+        down, right = (tap // S * dilation[0])[:, None], (tap % S * dilation[1])[:, None]
+    else:
+        channel_blocks = tl.cdiv(group_in, BLOCK_C)
+        channel = step % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+        tap = step // channel_blocks
+        real = channel < group_in
+        r, s = tap // S, tap % S
+        down, right = r * dilation[0], s * dilation[1]
+    return channel, real, r, s, down, right
 
 
 @triton.jit
@@ -67,33 +89,19 @@ def conv_forward(
     corner += group.to(tl.int64) * group_in * input_strides[1]
     weight_at = (out_at * weight_strides[0])[:, None]
     if PER_NEURON:
-        clean, perturbed = _factors(
+        clean, perturbed = load_factors(
             mask, noise, out_at[:, None], 0, 0, 0, mask_strides, noise_strides, real_out[:, None], TWO
         )
 
     total = tl.zeros((BLOCK_O, BLOCK_P), tl.float32)
     perturbed_total = tl.zeros((BLOCK_O, BLOCK_P), tl.float32)
-    channel_blocks = tl.cdiv(group_in, BLOCK_C)
-    for step in range(tl.cdiv(R * S * group_in, BLOCK_C) if FLAT else R * S * channel_blocks):
-        if FLAT:
-            k = step * BLOCK_C + tl.arange(0, BLOCK_C)
-            channel, tap = k % group_in, k // group_in
-            real_k = k < R * S * group_in
-            r, s = tap // S, tap % S
-            down, right = (r * dilation[0])[:, None], (s * dilation[1])[:, None]
-        else:
-            channel = step % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-            tap = step // channel_blocks
-            real_k = channel < group_in
-            r, s = tap // S, tap % S
-            down, right = r * dilation[0], s * dilation[1]
+    for step in range(tl.cdiv(R * S * group_in, BLOCK_C) if FLAT else R * S * tl.cdiv(group_in, BLOCK_C)):
+        channel, real_k, r, s, down, right = step_of_sum(step, group_in, dilation, R, S, FLAT, BLOCK_C)
         real_weight = real_out[:, None] & real_k[None, :]
-        at = channel * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3]
-        value = tl.load(weight + weight_at + at[None, :], mask=real_weight, other=0).to(tl.float32)
+        at = channel[None, :] * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3]
+        value = tl.load(weight + weight_at + at, mask=real_weight, other=0).to(tl.float32)
         if not PER_NEURON:
-            if FLAT:
-                r, s = r[None, :], s[None, :]
-            clean, perturbed = _factors(
+            clean, perturbed = load_factors(
                 mask, noise, out_at[:, None], channel[None, :], r, s, mask_strides, noise_strides, real_weight, TWO
             )
         at = corner[None, :] + (channel.to(tl.int64) * input_strides[1])[:, None]
@@ -155,20 +163,17 @@ def conv_input_grad(
     group = tl.program_id(1)
     phase = tl.program_id(2)
     phase_row, phase_column = phase // stride[1], phase % stride[1]
-    phase_rows, phase_columns = tl.cdiv(input_rows, stride[0]), tl.cdiv(input_columns, stride[1])
     in_tiles = tl.cdiv(group_in, BLOCK_C)
     channel = (tl.program_id(0) % in_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = (tl.program_id(0) // in_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    column = pixel % phase_columns * stride[1] + phase_column
-    row = pixel // phase_columns % phase_rows * stride[0] + phase_row
-    image = (pixel // phase_columns // phase_rows).to(tl.int64)
+    image, row, column = phase_pixels(pixel, phase_row, phase_column, input_rows, input_columns, stride)
     real_channel = channel < group_in
     real_pixel = (image < images) & (row < input_rows) & (column < input_columns)
     kind: tl.constexpr = grad.dtype.element_ty
     image_at = image * grad_strides[0] + group.to(tl.int64) * group_out * grad_strides[1]
 
-    first_r, count_r = _taps(phase_row + padding[0], stride[0], dilation[0], R)
-    first_s, count_s = _taps(phase_column + padding[1], stride[1], dilation[1], S)
+    first_r, count_r = phase_taps(phase_row + padding[0], stride[0], dilation[0], R)
+    first_s, count_s = phase_taps(phase_column + padding[1], stride[1], dilation[1], S)
     out_blocks = tl.cdiv(group_out, BLOCK_O)
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     perturbed_total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
@@ -183,19 +188,17 @@ def conv_input_grad(
         at = (channel * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3])[:, None]
         value = tl.load(weight + at + (out_at * weight_strides[0])[None, :], mask=real_weight, other=0).to(tl.float32)
         if PER_NEURON:
-            clean, perturbed = _factors(
+            clean, perturbed = load_factors(
                 mask, noise, out_at[None, :], 0, 0, 0, mask_strides, noise_strides, real_out[None, :], TWO
             )
         else:
-            clean, perturbed = _factors(
+            clean, perturbed = load_factors(
                 mask, noise, out_at[None, :], channel[:, None], r, s, mask_strides, noise_strides, real_weight, TWO
             )
-        if POINTWISE:
-            from_row, from_column, real_grad = row, column, real_pixel
-        else:
-            below, across = row + padding[0] - r * dilation[0], column + padding[1] - s * dilation[1]
-            from_row, from_column = below // stride[0], across // stride[1]
-            real_grad = (below >= 0) & (from_row < rows) & (across >= 0) & (from_column < columns) & real_pixel
+        from_row, from_column, real_grad = row, column, real_pixel
+        if not POINTWISE:
+            from_row, from_column, reached = reached_by(row, column, r, s, rows, columns, stride, padding, dilation)
+            real_grad &= reached
         at_grad = image_at + from_row * grad_strides[2] + from_column * grad_strides[3]
         at_grad = at_grad[None, :] + (out.to(tl.int64) * grad_strides[1])[:, None]
         real = real_out[:, None] & real_grad[None, :]
@@ -223,7 +226,25 @@ def conv_input_grad(
 
 
 @triton.jit
-def _taps(place, stride, dilation, TAPS: tl.constexpr):
+def phase_pixels(pixel, phase_row, phase_column, input_rows, input_columns, stride):
+    """Image, row and column of the pixels of one phase, some of which may lie outside."""
+    rows, columns = tl.cdiv(input_rows, stride[0]), tl.cdiv(input_columns, stride[1])
+    column = pixel % columns * stride[1] + phase_column
+    row = pixel // columns % rows * stride[0] + phase_row
+    return (pixel // columns // rows).to(tl.int64), row, column
+
+
+@triton.jit
+def reached_by(row, column, r, s, rows, columns, stride, padding, dilation):
+    """The output pixels in whose sums input pixels are under the tap (r, s), and whether there are any such."""
+    below, across = row + padding[0] - r * dilation[0], column + padding[1] - s * dilation[1]
+    from_row, from_column = below // stride[0], across // stride[1]
+    reached = (below >= 0) & (from_row < rows) & (across >= 0) & (from_column < columns)
+    return from_row, from_column, reached
+
+
+@triton.jit
+def phase_taps(place, stride, dilation, TAPS: tl.constexpr):
     """The first tap t with (place - t * dilation) % stride == 0, and how many there are."""
     first = TAPS
     count = 0

@@ -2,85 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from maskops.backends.triton import tuning
 from maskops.backends.triton._launch import cdiv, run
-from maskops.backends.triton.blocks import Blocks, blocks, kind_of_product, occupy, processors, registers_of, variants
+from maskops.backends.triton.blocks import (
+    Blocks,
+    blocks,
+    has_wgmma,
+    kind_of_product,
+    occupy,
+    processors,
+    registers,
+    variants,
+)
 from maskops.backends.triton.convolution import conv_forward, conv_input_grad, conv_weight_grad
+from maskops.backends.triton.layer_views import Layer, are_wide, in_a_row, steps
 
 Result = TypeVar("Result")
 
 _WORKSPACE = 1 << 26
 """Bytes that all parts of one weight gradient may take, unless one part alone takes more."""
-_TWO_PROGRAMS = 128
-"""Registers of a thread where two programs of eight warps share a processor.
-
-Said aloud, ptxas keeps to it; left to itself, it may aim at it and spill a little.
-"""
-_FEW_CHANNELS = 16
-"""Below so many input channels a step of the sum runs over several taps."""
-
-
-class Layer(NamedTuple):
-    """A masked layer: weight (O, C / groups, R, S), the factors with strides of 0 where they are broadcast.
-
-    transposed: the layer is the transpose of this convolution: O counts its input's channels
-    precision:  of float32 products, "ieee" or "tf32"
-    """
-
-    weight: Tensor
-    mask: Tensor
-    noise: Tensor | None
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool
-    precision: str
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether every output pixel sees one input pixel, the one in its place."""
-        return self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
-
-    @property
-    def per_neuron(self) -> bool:
-        """Whether mask and noise are one number per neuron, at most."""
-        return not any(any(factor[1:]) for factor in self.steps()[1:])
-
-    @property
-    def entry_bytes(self) -> int:
-        """What a kernel loads for each weight: the weight, and of the factors what isn't one number per neuron."""
-        factors = [self.weight] if self.per_neuron else [factor for factor in self[:3] if factor is not None]
-        return sum(factor.element_size() for factor in factors)
-
-    def steps(self) -> tuple[tuple[int, ...], ...]:
-        """The steps of weight, mask and noise, as the kernels take them."""
-        return tuple((0, 0, 0, 0) if factor is None else steps(factor) for factor in self[:3])
-
-
-def steps(tensor: Tensor) -> tuple[int, ...]:
-    """A tensor's strides, 0 in dimensions of one entry: torch has anything there, which would hide the alignment."""
-    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def in_a_row(vector: Tensor | None) -> Tensor | None:
-    """One number per channel, neighbours in memory."""
-    return None if vector is None else vector.contiguous()
-
-
-def are_wide(*tensors: Tensor) -> bool:
-    """Whether channels are neighbours in memory, in rows that start at multiples of sixteen."""
-    for image, channel, row, column in map(steps, tensors):
-        if channel != 1 or image % 16 or row % 16 or column % 16:
-            return False
-    return True
 
 
 class Epilogue(NamedTuple):
@@ -108,8 +54,8 @@ def forward(
     group_out, pixels = out // layer.groups, images * rows * columns
     two = len(outputs) == 2
     bias, scale, shift = (in_a_row(vector) for vector in (bias, epilogue.scale, epilogue.shift))
-    flat = channels < _FEW_CHANNELS and r * s > 1
     device, kind = inputs[0].device, kind_of_product(inputs[0].dtype, layer.precision)
+    programs = 1 if kind == "tf32" and not has_wgmma(device) else None
 
     def start(tile: Blocks) -> None:
         run(
@@ -120,19 +66,19 @@ def forward(
             *(steps(outputs[0]), steps(inputs[0]), *layer.steps()),
             *(images, rows, columns, *inputs[0].shape[2:], group_out, channels),
             *(layer.stride, layer.padding, layer.dilation),
-            *(r, s, layer.pointwise, flat, layer.per_neuron, two, inputs[0] is inputs[-1]),
+            *(r, s, layer.pointwise, layer.flat, layer.per_neuron, two, inputs[0] is inputs[-1]),
             *(epilogue.relu, layer.precision, tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=registers_of(kind, device),
+            maxnreg=registers(programs, tile.warps),
         )
 
-    sizes = (group_out, pixels, channels * (r * s if flat else 1))
+    sizes = (group_out, pixels, channels * (r * s if layer.flat else 1))
     entry_bytes = (layer.entry_bytes, inputs[0].element_size() * (1 if inputs[0] is inputs[-1] else 2))
-    scattered = flat or not are_wide(inputs[0], layer.weight)
+    scattered = layer.flat or not are_wide(inputs[0], layer.weight)
     tile = blocks(sizes, entry_bytes, kind, len(outputs), device, scattered)
-    what = f"forward {[part is None for part in epilogue[:4]]}"
-    _start(start, occupy(tile, out, pixels, device), entry_bytes, what, outputs, inputs, layer)
+    what = ("forward", *(part is None for part in epilogue[:4]))
+    start_best(start, occupy(tile, out, pixels, device), entry_bytes, what, outputs, inputs, layer)
 
 
 def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bias: Tensor | None = None) -> None:
@@ -142,32 +88,33 @@ def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bia
     out, channels, r, s = layer.weight.shape
     group_out = out // layer.groups
     bias = in_a_row(bias)
-    phases = math.prod(layer.stride)
+    phases = layer.phases
     pixels = images * cdiv(input_rows, layer.stride[0]) * cdiv(input_columns, layer.stride[1])
-    tap_step = tuple(step // math.gcd(step, gap) for step, gap in zip(layer.stride, layer.dilation, strict=True))
     device, kind = grads[0].device, kind_of_product(grads[0].dtype, layer.precision)
     few_registers = len(grads) == 1 and (layer.per_neuron or phases > 1)
+    many_registers = kind == "tf32" and not has_wgmma(device)
 
     def start(tile: Blocks) -> None:
+        programs = 2 if few_registers and tile.warps == 8 else 1 if many_registers else None
         run(
             conv_input_grad,
             (cdiv(channels, tile.left) * cdiv(pixels, tile.right), layer.groups, phases),
             *(grad_inputs[0], grad_inputs[-1], grads[0], grads[-1], layer.weight, layer.mask, layer.noise, bias),
             *(steps(grad_inputs[0]), steps(grads[0]), *layer.steps()),
             *(images, rows, columns, input_rows, input_columns, group_out, channels),
-            *(layer.stride, layer.padding, layer.dilation, tap_step),
-            *(r, s, layer.pointwise, layer.per_neuron, len(grads) == 2, len(grad_inputs) == 1, layer.precision),
-            *(tile.left, tile.right, tile.inner),
+            *(layer.stride, layer.padding, layer.dilation, layer.tap_step),
+            *(r, s, layer.pointwise and phases == 1, layer.per_neuron, len(grads) == 2, len(grad_inputs) == 1),
+            *(layer.precision, tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=_TWO_PROGRAMS if few_registers and tile.warps == 8 else registers_of(kind, device),
+            maxnreg=registers(programs, tile.warps),
         )
 
     entry_bytes = (layer.entry_bytes, grads[0].element_size() * len(grads))
     scattered = phases > 1 or not are_wide(grads[0], layer.weight)
     tile = blocks((channels, pixels, group_out), entry_bytes, kind, len(grads), device, scattered)
     tile = occupy(tile, layer.groups * channels, phases * pixels, device)
-    _start(start, tile, entry_bytes, "input gradient", grad_inputs, grads, layer)
+    start_best(start, tile, entry_bytes, ("input gradient",), grad_inputs, grads, layer)
 
 
 def weight_grad(
@@ -181,9 +128,14 @@ def weight_grad(
     images, _, rows, columns = grads[0].shape
     out, channels, r, s = layer.weight.shape
     group_out, pixels = out // layer.groups, images * rows * columns
-    flat = channels < _FEW_CHANNELS and r * s > 1
-    taps, width = (1, channels * r * s) if flat else (r * s, channels)
+    taps, width = (1, channels * r * s) if layer.flat else (r * s, channels)
     device, kind = grads[0].device, kind_of_product(grads[0].dtype, layer.precision)
+    scattered = layer.flat or layer.stride != (1, 1) or not are_wide(grads[0], inputs[0])
+    programs = None  # else as many as 99 KiB of shared memory have room for
+    if not has_wgmma(device) and separate and kind == "half":
+        programs = 3
+    elif not has_wgmma(device) and len(grads) == 1 and kind == "ieee" and not scattered:
+        programs = 5
 
     def start(tile: Blocks) -> tuple[Tensor, Tensor | None]:
         tiles = cdiv(group_out, tile.left) * taps * cdiv(width, tile.right)
@@ -199,17 +151,18 @@ def weight_grad(
             *(steps(grads[0]), steps(inputs[0]), steps(layer.weight)),
             *(images, rows, columns, *inputs[0].shape[2:], group_out, channels),
             *(layer.stride, layer.padding, layer.dilation, part_pixels, layer.weight.numel()),
-            *(r, s, layer.pointwise, flat, len(grads) == 2, inputs[0] is inputs[-1]),
+            *(r, s, layer.pointwise, layer.flat, len(grads) == 2, inputs[0] is inputs[-1]),
             *(separate, per_neuron, layer.precision, tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=registers(programs, tile.warps) if tile.warps == 4 else None,
         )
         return total, perturbed
 
     entry_bytes = (2 * grads[0].element_size() * len(grads), inputs[0].element_size() * len(inputs))
-    scattered = flat or layer.stride != (1, 1) or not are_wide(grads[0], inputs[0])
     tile = blocks((group_out, width, pixels), entry_bytes, kind, 2 if separate else 1, device, scattered)
-    found = _start(start, tile, entry_bytes, f"weight gradient {separate} {per_neuron}", grads, inputs, layer)
+    what = ("weight gradient", separate, per_neuron)
+    found = start_best(start, tile, entry_bytes, what, grads, inputs, layer)
     if per_neuron:
         return found
     return tuple(None if parts is None else parts.permute(0, 1, 4, 2, 3) for parts in found)
@@ -222,16 +175,26 @@ def _part_pixels(pixels: int, tiles: int, block: int, weights: int, device: torc
     return max(1, cdiv(cdiv(pixels, parts), block)) * block
 
 
-def _start(
-    start: Callable[[Blocks], Result], tile: Blocks, entry_bytes: tuple[int, int], what: str, *shapes: Any
+def start_best(
+    start: Callable[[Blocks], Result],
+    tile: Blocks,
+    entry_bytes: tuple[int, int],
+    what: tuple[str | bool | int, ...],
+    results: list[Tensor],
+    activations: list[Tensor],
+    layer: Layer,
 ) -> Result:
-    """Start with the tile, or with one that was measured to be faster for this computation on these shapes."""
-    *activations, layer = shapes
-    device = activations[0][0].device
+    """Start with the tile, or with one that was measured to be faster for this computation on these shapes.
+
+    what: says what is computed, beside the shapes and dtypes
+    """
+    device = results[0].device
     if not tuning.is_used(device):
         return start(tile)
-    described = [(tuple(t[0].shape), are_wide(t[0]), len(t), t[0] is t[-1]) for t in activations]
-    factors = [None if factor is None else (str(factor.dtype), are_wide(factor)) for factor in layer[:3]]
-    geometry = (tuple(layer.weight.shape), *layer[3:], layer.per_neuron)
-    key = f"{what} {activations[0][0].dtype} {described} {factors} {geometry}"
+    described = ((*_described(t[0]), len(t), t[0] is t[-1]) for t in (results, activations))
+    key = (*what, *described, *map(_described, layer[:3]), *layer[3:], layer.per_neuron)
     return start(tuning.best(key, variants(tile, entry_bytes, device), start, device))
+
+
+def _described(tensor: Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.dtype, tuple(tensor.shape), are_wide(tensor))

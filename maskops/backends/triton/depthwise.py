@@ -11,11 +11,10 @@ from torch import Tensor
 
 from maskops.backends.triton import _depthwise_kernels as kernels
 from maskops.backends.triton._launch import cdiv, power_of_two, run
+from maskops.backends.triton.blocks import processors, registers
+from maskops.backends.triton.weights import spread
 
-_PROCESSORS = 132
 _WARPS = 4
-_THREE_PROGRAMS = 168
-"""Registers of a thread where three programs share a processor; said aloud, ptxas doesn't spill to have four."""
 _UNROLLED = 49
 """Filters of up to so many taps have their loops unrolled and their effective weights in registers."""
 _TAPS = 9
@@ -24,9 +23,9 @@ _ELEMENTS = 32
 """Elements of a gradient whose parts one program sums."""
 
 
-def serves(input_channels: int, weight: Tensor, groups: int) -> bool:
+def serves(weight: Tensor, groups: int, transposed: bool) -> bool:
     """Whether it is a depthwise convolution over images, with one output channel per input channel."""
-    return weight.dim() == 4 and weight.shape[1] == 1 and groups == input_channels == weight.shape[0]
+    return weight.dim() == 4 and weight.shape[1] == 1 and groups == weight.shape[0] and not transposed
 
 
 def forward(
@@ -113,7 +112,7 @@ def _convolve(targets, sources, weight, mask, noise, bias, geometry, flipped) ->
         return
     kernel = tuple(weight.shape[2:])
     pair = len(targets) + len(sources) > 2 and branches == 1
-    factors = [weight, *(None if f is None else f.to(weight.device).expand(weight.shape) for f in (mask, noise))]
+    factors = [weight, *(spread(factor, weight) for factor in (mask, noise))]
     tensors = targets[0], targets[-1], sources[0], sources[-1]
     strides = targets[0].stride(), sources[0].stride(), sources[-1].stride()
     factor_strides = [(0, 0, 0) if factor is None else (factor.stride(0), *factor.stride()[2:]) for factor in factors]
@@ -127,7 +126,7 @@ def _convolve(targets, sources, weight, mask, noise, bias, geometry, flipped) ->
         strips = cdiv(size[1], columns)
         channel_blocks = cdiv(channels, channel_block)
         programs = cdiv(images * strips, lane_block) * channel_blocks
-        rows = _rows(size[0], 2 * kernel[0], programs * branches)
+        rows = _rows(size[0], 2 * kernel[0], programs * branches, weight.device)
         run(
             kernels.walk, (programs, cdiv(size[0], rows), branches), *arguments,
             images * strips, strips, channels, channel_blocks, tuple(size), tuple(sources[0].shape[2:]),
@@ -160,10 +159,10 @@ def _weight_grad_parts(branches, kernel, geometry, innermost) -> Tensor:
         channel_block, lane_block = _blocks(channels, innermost, 8)
         lanes, rows, groups = images * size[0] * size[1], 1, cdiv(kernel[0] * kernel[1], _TAPS)
     channel_blocks, lane_blocks = cdiv(channels, channel_block), cdiv(lanes, lane_block)
-    wanted = cdiv(4 * _PROCESSORS, channel_blocks * groups * len(branches))
+    wanted = cdiv(4 * processors(grad.device), channel_blocks * groups * len(branches))
     per_slice = cdiv(lane_blocks, min(lane_blocks, wanted))
     slices = cdiv(lane_blocks, per_slice)
-    row_block = _rows(rows, 2 * kernel[0], slices * channel_blocks * len(branches))
+    row_block = _rows(rows, 2 * kernel[0], slices * channel_blocks * len(branches), grad.device)
     splits = cdiv(rows, row_block)
     parts = torch.empty((len(branches), slices * splits, *kernel, channels), dtype=torch.float32, device=grad.device)
     tensors = parts, grad, added, second[0], source, second[2]
@@ -175,7 +174,7 @@ def _weight_grad_parts(branches, kernel, geometry, innermost) -> Tensor:
             kernels.walk_weight_grad, (channel_blocks, slices * splits, len(branches)), *arguments, strips, *sizes,
             (geometry[0][2], geometry[1][2]), per_slice * lane_block, row_block, splits,
             *kernel, columns, len(branches), lane_block, channel_block,
-            num_warps=_WARPS, maxnreg=_THREE_PROGRAMS if 9 < kernel[0] * kernel[1] <= 25 else None,
+            num_warps=_WARPS, maxnreg=registers(3 if 9 < kernel[0] * kernel[1] <= 25 else None, _WARPS),
         )  # fmt: skip
     else:
         run(
@@ -219,9 +218,9 @@ def _blocks(channels: int, innermost: bool, per_thread: int, lanes_per_thread: i
     return block, 32 * _WARPS * per_thread * lanes_per_thread // block
 
 
-def _rows(height: int, least: int, programs: int) -> int:
+def _rows(height: int, least: int, programs: int, device: torch.device) -> int:
     """The rows that a program walks down: all, or fewer where there are too few programs for the processors."""
-    splits = min(cdiv(4 * _PROCESSORS, programs), max(1, height // least))
+    splits = min(cdiv(4 * processors(device), programs), max(1, height // least))
     return cdiv(height, splits)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskops.backends.triton import dense, depthwise, sign_bits
 from maskops.backends.triton._launch import outputs
+from maskops.backends.triton.layer_views import Op, convolution_op, linear_op, steps
 from maskops.backends.triton.ways import either_way
-from maskops.backends.triton.weights import spread, write_factor_grads
+from maskops.backends.triton.weights import write_factor_grads
 
 _BRANCHED = ("input", "perturbed_input", "weight", "mask", "noise", "bias")
 
@@ -21,7 +20,7 @@ _BRANCHED = ("input", "perturbed_input", "weight", "mask", "noise", "bias")
 def masked_conv(input, weight, mask, noise, bias, *geometry) -> Tensor:
     """``conv(input, weight * (mask + noise), bias)`` in one launch, with no effective weight in memory."""
     made = outputs("masked_conv", input, weight, mask, noise, bias, *geometry)
-    _forward(_convolution(weight, mask, noise, *geometry), made, [input], bias)
+    write_outputs(convolution_op(weight, mask, noise, *geometry), made, [input], bias)
     return made[0]
 
 
@@ -37,7 +36,7 @@ def masked_conv_relu(
     output, bits = outputs("masked_conv_relu", *arguments, *geometry)
     if residual is not None and residual.stride() != output.stride():
         residual = torch.empty_like(output, dtype=residual.dtype).copy_(residual)
-    op = _convolution(weight, mask, noise, stride, padding, dilation, False, [0, 0], groups)
+    op = convolution_op(weight, mask, noise, stride, padding, dilation, False, [0, 0], groups)
     if not output.numel():
         return output, bits
     packs = groups == 1 and output.shape[1] % 8 == 0 and output.is_contiguous(memory_format=torch.channels_last)
@@ -50,7 +49,7 @@ def masked_conv_relu(
 def masked_linear(input, weight, mask, noise, bias) -> Tensor:
     """``linear(input, weight * (mask + noise), bias)`` in one launch, with no effective weight in memory."""
     made = outputs("masked_linear", input, weight, mask, noise, bias)
-    _forward(_linear(weight, mask, noise), made, [input], bias)
+    write_outputs(linear_op(weight, mask, noise), made, [input], bias)
     return made[0]
 
 
@@ -58,7 +57,7 @@ def masked_linear(input, weight, mask, noise, bias) -> Tensor:
 def dual_masked_conv(input, perturbed_input, weight, mask, noise, bias, *geometry) -> tuple[Tensor, Tensor]:
     """Both branches in one launch: every tile of θ, m and δ is read once."""
     made = outputs("dual_masked_conv", input, perturbed_input, weight, mask, noise, bias, *geometry)
-    _forward(_convolution(weight, mask, noise, *geometry), made, [input, perturbed_input], bias)
+    write_outputs(convolution_op(weight, mask, noise, *geometry), made, [input, perturbed_input], bias)
     return made[0], made[1]
 
 
@@ -66,7 +65,7 @@ def dual_masked_conv(input, perturbed_input, weight, mask, noise, bias, *geometr
 def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias) -> tuple[Tensor, Tensor]:
     """Both branches in one launch: every tile of θ, m and δ is read once."""
     made = outputs("dual_masked_linear", input, perturbed_input, weight, mask, noise, bias)
-    _forward(_linear(weight, mask, noise), made, [input, perturbed_input], bias)
+    write_outputs(linear_op(weight, mask, noise), made, [input, perturbed_input], bias)
     return made[0], made[1]
 
 
@@ -75,7 +74,7 @@ def masked_conv_backward(grad, input, weight, mask, noise, input_size, *geometry
     """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
     *geometry, needs = geometry_and_needs
     made = outputs("masked_conv_backward", grad, input, weight, mask, noise, input_size, *geometry_and_needs)
-    _backward(_convolution(weight, mask, noise, *geometry), _named(made, [needs[0], False, *needs[1:]]), grad, input)
+    _backward(convolution_op(weight, mask, noise, *geometry), _named(made, [needs[0], False, *needs[1:]]), grad, input)
     return made
 
 
@@ -83,7 +82,7 @@ def masked_conv_backward(grad, input, weight, mask, noise, input_size, *geometry
 def masked_linear_backward(grad, input, weight, mask, noise, input_size, needs) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
     made = outputs("masked_linear_backward", grad, input, weight, mask, noise, input_size, needs)
-    _backward(_linear(weight, mask, noise), _named(made, [needs[0], False, *needs[1:]]), grad, input)
+    _backward(linear_op(weight, mask, noise), _named(made, [needs[0], False, *needs[1:]]), grad, input)
     return made
 
 
@@ -95,7 +94,7 @@ def dual_masked_conv_backward(
     *geometry, needs = geometry_and_needs
     branches = (grad, perturbed_grad, input, perturbed_input, one_input)
     made = outputs("dual_masked_conv_backward", *branches, weight, mask, noise, input_size, *geometry_and_needs)
-    _dual_backward(_convolution(weight, mask, noise, *geometry), _named(made, needs), *branches)
+    _dual_backward(convolution_op(weight, mask, noise, *geometry), _named(made, needs), *branches)
     return made
 
 
@@ -106,7 +105,7 @@ def dual_masked_linear_backward(
     """The gradients that ``needs`` asks for, in the order input, perturbed_input, weight, mask, noise, bias."""
     branches = (grad, perturbed_grad, input, perturbed_input, one_input)
     made = outputs("dual_masked_linear_backward", *branches, weight, mask, noise, input_size, needs)
-    _dual_backward(_linear(weight, mask, noise), _named(made, needs), *branches)
+    _dual_backward(linear_op(weight, mask, noise), _named(made, needs), *branches)
     return made
 
 
@@ -115,65 +114,8 @@ def _named(made: list[Tensor], needs: list[bool]) -> dict[str, Tensor]:
     return dict(zip(wanted, made, strict=True))
 
 
-class _Op(NamedTuple):
-    """A layer for the kernels, and what leads from the op's tensors to theirs and back."""
-
-    layer: dense.Layer
-    weight: Tensor
-    mask: Tensor
-    noise: Tensor | None
-    image: Callable[[Tensor], Tensor]
-    """An activation as (images, channels, rows, columns)."""
-
-    def without_noise(self) -> _Op:
-        return self._replace(layer=self.layer._replace(noise=None), noise=None)
-
-    @property
-    def depthwise(self) -> bool:
-        weight, groups = self.layer.weight, self.layer.groups
-        return not self.layer.transposed and depthwise.serves(weight.shape[1] * groups, weight, groups)
-
-
-def _convolution(weight, mask, noise, stride, padding, dilation, transposed, output_padding, groups) -> _Op:
-    factors = (weight, spread(mask, weight), spread(noise, weight))
-    steps = (stride, padding, dilation)
-    image = _itself
-    if weight.dim() == 3:
-        factors = [None if factor is None else factor.unsqueeze(2) for factor in factors]
-        steps = ((1, *stride), (0, *padding), (1, *dilation))
-        image = _row
-    precision = _precision(torch.backends.cudnn.conv)
-    layer = dense.Layer(*factors, *(tuple(step) for step in steps), groups, transposed, precision)
-    return _Op(layer, weight, mask, noise, image)
-
-
-def _linear(weight, mask, noise) -> _Op:
-    factors = (weight, spread(mask, weight), spread(noise, weight))
-    factors = [None if factor is None else factor[:, :, None, None] for factor in factors]
-    precision = _precision(torch.backends.cuda.matmul)
-    return _Op(dense.Layer(*factors, (1, 1), (0, 0), (1, 1), 1, False, precision), weight, mask, noise, _pixels)
-
-
-def _itself(activation: Tensor) -> Tensor:
-    return activation
-
-
-def _row(activation: Tensor) -> Tensor:
-    return activation.unsqueeze(2)
-
-
-def _pixels(activation: Tensor) -> Tensor:
-    """Rows of features as images of one pixel."""
-    rows = math.prod(activation.shape[:-1])
-    return activation.reshape(rows, activation.shape[-1])[:, :, None, None]
-
-
-def _precision(backend) -> str:
-    """How the user wants float32 to be multiplied."""
-    return "tf32" if backend.fp32_precision == "tf32" else "ieee"
-
-
-def _forward(op: _Op, made: list[Tensor], inputs: list[Tensor | None], bias: Tensor | None) -> None:
+def write_outputs(op: Op, made: list[Tensor], inputs: list[Tensor | None], bias: Tensor | None) -> None:
+    """Write the output of one branch, with noise, or those of two, the first without noise and the second with it."""
     targets = [op.image(output) for output in made]
     sources = _images(op, inputs)
     if not _alike(targets) or not _alike(sources):
@@ -183,17 +125,17 @@ def _forward(op: _Op, made: list[Tensor], inputs: list[Tensor | None], bias: Ten
         _write(op, targets, sources, bias)
 
 
-def _images(op: _Op, activations: list[Tensor | None]) -> list[Tensor]:
+def _images(op: Op, activations: list[Tensor | None]) -> list[Tensor]:
     """The activations as images; a missing second one is the first, the same object."""
     first = op.image(activations[0])
     return [first, *(first if other is None else op.image(other) for other in activations[1:])]
 
 
 def _alike(tensors: list[Tensor]) -> bool:
-    return dense.steps(tensors[0]) == dense.steps(tensors[-1])
+    return steps(tensors[0]) == steps(tensors[-1])
 
 
-def _write(op: _Op, targets: list[Tensor], sources: list[Tensor], bias: Tensor | None) -> None:
+def _write(op: Op, targets: list[Tensor], sources: list[Tensor], bias: Tensor | None) -> None:
     layer = op.layer
     if op.depthwise:
         depthwise.forward(targets, sources, *layer[:3], bias, *layer[3:6])
@@ -214,31 +156,32 @@ def _dual_backward(op, made, grad, perturbed_grad, input, perturbed_input, one_i
     if not _alike(grads):
         grads = [grad.contiguous() for grad in grads]
     if one_input and "input" in made:
-        _input_grads(op, [made["input"]], grads)
+        write_input_grads(op, [made["input"]], grads)
     elif "input" in made and "perturbed_input" in made:
-        _input_grads(op, [made["input"], made["perturbed_input"]], grads)
+        write_input_grads(op, [made["input"], made["perturbed_input"]], grads)
     elif "input" in made:
-        _input_grads(op.without_noise(), [made["input"]], grads[:1])
+        write_input_grads(op.without_noise(), [made["input"]], grads[:1])
     elif "perturbed_input" in made:
-        _input_grads(op, [made["perturbed_input"]], grads[1:])
-    _other_grads(op, made, grads, [input, None if one_input else perturbed_input])
+        write_input_grads(op, [made["perturbed_input"]], grads[1:])
+    write_other_grads(op, made, grads, [input, None if one_input else perturbed_input])
 
 
-def _backward(op: _Op, made: dict[str, Tensor], grad: Tensor, input: Tensor | None) -> None:
+def _backward(op: Op, made: dict[str, Tensor], grad: Tensor, input: Tensor | None) -> None:
     """The gradients of one branch."""
     grads = [op.image(grad)]
     for name in ("input", "perturbed_input"):
         if name in made:
-            _input_grads(op, [made[name]], grads)
-    _other_grads(op, made, grads, [input])
+            write_input_grads(op, [made[name]], grads)
+    write_other_grads(op, made, grads, [input])
 
 
-def _input_grads(op: _Op, made: list[Tensor], grads: list[Tensor]) -> None:
+def write_input_grads(op: Op, made: list[Tensor], grads: list[Tensor]) -> None:
+    """Write the gradient of each input; of two gradients and one input the sum. The gradients have equal strides."""
     targets = [op.image(target) for target in made]
     layer = op.layer
     if not _alike(targets):
-        _input_grads(op.without_noise(), made[:1], grads[:1])
-        _input_grads(op, made[1:], grads[1:])
+        write_input_grads(op.without_noise(), made[:1], grads[:1])
+        write_input_grads(op, made[1:], grads[1:])
     elif op.depthwise:
         depthwise.input_grad(targets, grads, *layer[:6])
     elif layer.transposed:
@@ -250,8 +193,8 @@ def _input_grads(op: _Op, made: list[Tensor], grads: list[Tensor]) -> None:
         dense.input_grad(targets, grads, layer)
 
 
-def _other_grads(op: _Op, made: dict[str, Tensor], grads: list[Tensor], inputs: list[Tensor | None]) -> None:
-    """The gradients of weight, mask, noise and bias."""
+def write_other_grads(op: Op, made: dict[str, Tensor], grads: list[Tensor], inputs: list[Tensor | None]) -> None:
+    """Write the gradients of weight, mask, noise and bias that are in ``made``. Those of outputs have equal strides."""
     names = ("weight", "mask", "noise")
     needs = [name in made for name in names]
     if any(needs):
@@ -276,9 +219,7 @@ def _is_per_neuron(factor_grad: Tensor, weight: Tensor) -> bool:
     return factor_grad.shape == (weight.shape[0], *(1,) * (weight.dim() - 1))
 
 
-def _write_neurons(
-    op: _Op, made: dict[str, Tensor], grads: list[Tensor], sources: list[Tensor], separate: bool
-) -> None:
+def _write_neurons(op: Op, made: dict[str, Tensor], grads: list[Tensor], sources: list[Tensor], separate: bool) -> None:
     """The gradients of masks and noise of one number per neuron: the gradient of the weight is never in memory."""
     branches = (sources, grads) if op.layer.transposed else (grads, sources)
     total, perturbed = dense.weight_grad(*branches, op.layer, separate, per_neuron=True)

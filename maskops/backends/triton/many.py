@@ -7,16 +7,15 @@ next to nothing.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from maskops.backends.triton import layers
 from maskops.backends.triton._launch import cdiv, outputs, run
 from maskops.backends.triton._many_kernels import many_forward, many_input_grad
-from maskops.backends.triton.blocks import Blocks, blocks, kind_of_product, occupy
-from maskops.backends.triton.dense import _FEW_CHANNELS, Layer, _start, in_a_row, steps
+from maskops.backends.triton.blocks import Blocks, blocks, has_wgmma, kind_of_product, occupy, registers
+from maskops.backends.triton.dense import start_best
+from maskops.backends.triton.layer_views import Layer, Op, convolution_op, in_a_row, linear_op, steps
 
 _MOST_MASKS = 4
 """How many masks share a tile of θ: as many tiles of results are held in registers."""
@@ -26,7 +25,7 @@ def many_masked_conv(input, weight, masks, noise, bias, stride, padding, dilatio
     """``conv(input[j], weight * (masks[j] + noise[j]), bias)`` for every j, or of one input for all j: one launch."""
     (output,) = outputs("many_masked_conv", input, weight, masks, noise, bias, stride, padding, dilation, groups)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
-    ops = [layers._convolution(weight, *factors, *geometry) for factors in _each(masks, noise)]
+    ops = [convolution_op(weight, *factors, *geometry) for factors in _each(masks, noise)]
     _forward(ops, output, input, masks, noise, bias)
     return output
 
@@ -34,7 +33,7 @@ def many_masked_conv(input, weight, masks, noise, bias, stride, padding, dilatio
 def many_masked_linear(input, weight, masks, noise, bias) -> Tensor:
     """``linear(input[j], weight * (masks[j] + noise[j]), bias)`` for every j, or of one input for all j: one launch."""
     (output,) = outputs("many_masked_linear", input, weight, masks, noise, bias)
-    ops = [layers._linear(weight, *factors) for factors in _each(masks, noise)]
+    ops = [linear_op(weight, *factors) for factors in _each(masks, noise)]
     _forward(ops, output, input, masks, noise, bias)
     return output
 
@@ -46,7 +45,7 @@ def many_masked_conv_backward(
     arguments = (grad, input, weight, masks, noise, input_size, stride, padding, dilation, groups, needs)
     made = outputs("many_masked_conv_backward", *arguments)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
-    ops = [layers._convolution(weight, *factors, *geometry) for factors in _each(masks, noise)]
+    ops = [convolution_op(weight, *factors, *geometry) for factors in _each(masks, noise)]
     _backward(ops, made, grad, input, masks, noise, needs)
     return made
 
@@ -54,7 +53,7 @@ def many_masked_conv_backward(
 def many_masked_linear_backward(grad, input, weight, masks, noise, input_size, needs) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in the order input, weight, masks, noise, bias."""
     made = outputs("many_masked_linear_backward", grad, input, weight, masks, noise, input_size, needs)
-    ops = [layers._linear(weight, *factors) for factors in _each(masks, noise)]
+    ops = [linear_op(weight, *factors) for factors in _each(masks, noise)]
     _backward(ops, made, grad, input, masks, noise, needs)
     return made
 
@@ -69,7 +68,7 @@ def _of(tensor: Tensor, j: int, many: bool) -> Tensor:
     return tensor[j] if many else tensor
 
 
-def _is_own(activation: Tensor, op: layers._Op) -> bool:
+def _is_own(activation: Tensor, op: Op) -> bool:
     return activation.dim() > op.weight.dim()
 
 
@@ -77,15 +76,15 @@ def _forward(ops, output, input, masks, noise, bias) -> None:
     own = _is_own(input, ops[0])
     if ops[0].depthwise:
         for j, op in enumerate(ops):
-            layers._forward(op, [output[j]], [_of(input, j, own)], bias)
+            layers.write_outputs(op, [output[j]], [_of(input, j, own)], bias)
         return
     layer, image = ops[0].layer, ops[0].image
     target, source = image(output[0]), image(_of(input, 0, own))
     images, _, rows, columns = target.shape
     out, channels, r, s = layer.weight.shape
     group_out, pixels = out // layer.groups, images * rows * columns
-    flat = channels < _FEW_CHANNELS and r * s > 1
     block, mask_blocks = _mask_blocks(len(ops))
+    kind = kind_of_product(input.dtype, layer.precision)
     apart = _apart(output, input if own else None, masks, noise)
 
     def start(tile: Blocks) -> None:
@@ -96,20 +95,20 @@ def _forward(ops, output, input, masks, noise, bias) -> None:
             *(steps(target), steps(source), *layer.steps(), apart, len(ops)),
             *(images, rows, columns, *source.shape[2:], group_out, channels),
             *(layer.stride, layer.padding, layer.dilation),
-            *(r, s, layer.pointwise, flat, layer.per_neuron, not own, layer.precision, block),
+            *(r, s, layer.pointwise, layer.flat, layer.per_neuron, not own, layer.precision, block),
             *(tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=_registers(kind, tile, input.device),
         )
 
-    kind = kind_of_product(input.dtype, layer.precision)
-    sizes = (group_out, pixels, channels * (r * s if flat else 1))
+    sizes = (group_out, pixels, channels * (r * s if layer.flat else 1))
     entry_bytes = (_entry_bytes(layer, block), input.itemsize * (block if own else 1))
     tile = blocks(sizes, entry_bytes, kind, block, input.device)
     tile = occupy(tile, mask_blocks * out, pixels, input.device)
     if own and layer.per_neuron:  # no factors to hold, but the addresses of as many inputs as there are masks
         tile = tile._replace(right=max(tile.right // 2, 16))
-    _start(start, tile, entry_bytes, f"forward of {len(ops)} masks {own}", [target], [source], layer)
+    start_best(start, tile, entry_bytes, ("forward of masks", len(ops), own), [target], [source], layer)
 
 
 def _backward(ops, made, grad, input, masks, noise, needs) -> None:
@@ -129,7 +128,7 @@ def _input_grad(ops, grad_input, grad, masks, noise) -> None:
     if ops[0].depthwise:
         parts = grad_input if own else grad_input.new_empty((len(ops), *grad_input.shape))
         for j, op in enumerate(ops):
-            layers._input_grads(op, [parts[j]], [grad[j]])
+            layers.write_input_grads(op, [parts[j]], [grad[j]])
         if not own:
             grad_input.copy_(parts.sum(0, dtype=torch.float32))
         return
@@ -138,11 +137,11 @@ def _input_grad(ops, grad_input, grad, masks, noise) -> None:
     images, _, rows, columns = source.shape
     input_rows, input_columns = target.shape[2:]
     out, channels, r, s = layer.weight.shape
-    group_out, phases = out // layer.groups, math.prod(layer.stride)
+    group_out, phases = out // layer.groups, layer.phases
     pixels = images * cdiv(input_rows, layer.stride[0]) * cdiv(input_columns, layer.stride[1])
-    tap_step = tuple(step // math.gcd(step, gap) for step, gap in zip(layer.stride, layer.dilation, strict=True))
     block, mask_blocks = _mask_blocks(len(ops))
     mask_programs = mask_blocks if own else 1
+    kind = kind_of_product(grad.dtype, layer.precision)
     apart = _apart(grad_input if own else None, grad, masks, noise)
 
     def start(tile: Blocks) -> None:
@@ -152,32 +151,34 @@ def _input_grad(ops, grad_input, grad, masks, noise) -> None:
             *(target, source, layer.weight, layer.mask, layer.noise),
             *(steps(target), steps(source), *layer.steps(), apart, len(ops)),
             *(images, rows, columns, input_rows, input_columns, group_out, channels),
-            *(layer.stride, layer.padding, layer.dilation, tap_step),
-            *(r, s, layer.pointwise, layer.per_neuron, not own, layer.precision, block),
+            *(layer.stride, layer.padding, layer.dilation, layer.tap_step),
+            *(r, s, layer.pointwise and phases == 1, layer.per_neuron, not own, layer.precision, block),
             *(tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=_registers(kind, tile, grad.device),
         )
 
-    kind = kind_of_product(grad.dtype, layer.precision)
     entry_bytes = (_entry_bytes(layer, block), grad.itemsize * block)
     # the sum over all masks is one tile of results
     tile = blocks((channels, pixels, group_out), entry_bytes, kind, block if own else 1, grad.device)
     tile = occupy(tile, mask_programs * layer.groups * channels, phases * pixels, grad.device)
-    _start(start, tile, entry_bytes, f"input gradient of {len(ops)} masks {own}", [target], [source], layer)
+    start_best(start, tile, entry_bytes, ("input gradient of masks", len(ops), own), [target], [source], layer)
 
 
 def _factor_grads(ops, found, grad, input) -> None:
     """The gradients of weight, masks and noise, mask by mask."""
     own = _is_own(input, ops[0])
     weight = ops[0].weight
-    parts = torch.empty((len(ops), *weight.shape), dtype=torch.float32, device=weight.device)
+    parts = None
+    if "weight" in found:
+        parts = torch.empty((len(ops), *weight.shape), dtype=torch.float32, device=weight.device)
     for j, op in enumerate(ops):
         made = {name: found[key][j] for key, name in (("masks", "mask"), ("noise", "noise")) if key in found}
-        if "weight" in found:
+        if parts is not None:
             made["weight"] = parts[j]
-        layers._other_grads(op, made, [op.image(grad[j])], [_of(input, j, own)])
-    if "weight" in found:
+        layers.write_other_grads(op, made, [op.image(grad[j])], [_of(input, j, own)])
+    if parts is not None:
         found["weight"].copy_(parts.sum(0))
 
 
@@ -192,6 +193,11 @@ def _mask_blocks(count: int) -> tuple[int, int]:
     """How many masks a program serves, and how many blocks of so many there are."""
     mask_blocks = cdiv(count, _MOST_MASKS)
     return cdiv(count, mask_blocks), mask_blocks
+
+
+def _registers(kind: str, tile: Blocks, device: torch.device) -> int | None:
+    """All registers where the factors of several masks leave shared memory for one program alone."""
+    return registers(1 if kind == "half" and not has_wgmma(device) else None, tile.warps)
 
 
 def _entry_bytes(layer: Layer, block: int) -> int:

@@ -12,8 +12,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,22 +25,26 @@ Candidate = TypeVar("Candidate")
 
 
 def best(
-    key: str, candidates: Sequence[Candidate], start: Callable[[Candidate], object], device: torch.device
+    key: tuple[Hashable, ...],
+    candidates: Sequence[Candidate],
+    start: Callable[[Candidate], object],
+    device: torch.device,
 ) -> Candidate:
     """The fastest of the candidates, by the kept measurement or by one made now; the first where there is neither.
 
-    key:   says what is computed, and on which shape
-    start: computes it in the way of a candidate, as often as it is called; a candidate that doesn't fit on the device
-           is passed over
+    key:        says what is computed, and on which shape
+    candidates: strings, or tuples of numbers
+    start:      computes it in the way of a candidate, as often as it is called; a candidate that doesn't fit on the
+                device is passed over
     """
-    known = _known(_file(device)).get(key)
+    known = _known(_file(device)).get(_text(key))
     if known is None and measures(device):
         milliseconds = {index: _milliseconds(start, candidate, device) for index, candidate in enumerate(candidates)}
         fastest = min(milliseconds, key=lambda index: milliseconds[index])
         if milliseconds[fastest] < float("inf"):
-            known = json.loads(json.dumps(candidates[fastest]))
-            _keep(_file(device), key, known)
-    return next((candidate for candidate in candidates if json.loads(json.dumps(candidate)) == known), candidates[0])
+            known = candidates[fastest]
+            _keep(_file(device), _text(key), known)
+    return next((candidate for candidate in candidates if candidate == known), candidates[0])
 
 
 def is_used(device: torch.device) -> bool:
@@ -48,15 +52,21 @@ def is_used(device: torch.device) -> bool:
     return measures(device) or bool(_known(_file(device)))
 
 
-def was_measured(key: str, device: torch.device) -> bool:
+def was_measured(key: tuple[Hashable, ...], device: torch.device) -> bool:
     """Whether a measurement is kept for this key."""
-    return key in _known(_file(device))
+    return _text(key) in _known(_file(device))
 
 
 def measures(device: torch.device) -> bool:
     """Whether what isn't known yet is measured now: never while a CUDA graph is recorded."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return os.environ.get("MASKOPS_MEASURE") == "1" and device.type != "meta" and not capturing
+    if os.environ.get("MASKOPS_MEASURE") != "1" or device.type == "meta":
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=65536)
+def _text(key: tuple[Hashable, ...]) -> str:
+    return " ".join(map(str, key))
 
 
 def _milliseconds(start: Callable[[Candidate], object], candidate: Candidate, device: torch.device) -> float:
@@ -89,12 +99,14 @@ def _known(path: Path) -> dict[str, object]:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """What the file holds, by key; nothing where it can't be read."""
+    """What the file holds, by key, tuples where JSON has lists; nothing where it can't be read."""
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: tuple(choice) if isinstance(choice, list) else choice for key, choice in known.items()}
 
 
 def _keep(path: Path, key: str, value: object) -> None:

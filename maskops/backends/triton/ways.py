@@ -11,7 +11,7 @@ and wherever memory is what is short. MASKOPS_LAYERS=fused or =materialised pins
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial, wraps
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskops.backends import reference
 from maskops.backends.reference.layers import Weighting
-from maskops.backends.triton import tuning
+from maskops.backends.triton import depthwise, tuning
 from maskops.backends.triton._launch import INTERPRETED
 from maskops.backends.triton.weights import effective_weight, effective_weight_backward
 
@@ -62,7 +62,7 @@ def choose(op: str, *arguments: Any, start: Callable[[str], object] | None = Non
         return expected, reason
     other = MATERIALISED if expected == FUSED else FUSED
     precision = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
-    key = f"{op} {' '.join(map(_described, arguments))} {precision}"
+    key = (op, *map(_described, arguments), *precision)
     if start is not None or tuning.was_measured(key, weight.device):
         way = tuning.best(key, (expected, other), start, weight.device)
         if tuning.was_measured(key, weight.device):
@@ -79,17 +79,21 @@ def _expected(op: str, weight: Tensor, arguments: tuple[Any, ...]) -> tuple[str,
     """The way that arithmetic expects to be the faster one, and why."""
     activation = next(argument for argument in arguments if isinstance(argument, Tensor))
     pixels = activation.numel() // max(activation.shape[-1 if "linear" in op else 1], 1)
-    groups = next((a for a in reversed(arguments) if isinstance(a, int) and not isinstance(a, bool)), 1)
-    if weight.dim() == 4 and weight.shape[1] == 1 and groups == weight.shape[0] > 1:
+    if weight.dim() == 4 and depthwise.serves(weight, *_groups(op, arguments)):
         return FUSED, "a depthwise layer has a kernel of its own"
     if pixels < _RIDGE:
         return FUSED, f"{pixels} pixels are so few that the bytes of the weight decide"
     return MATERIALISED, f"with {pixels} pixels the effective weight is a small part of what moves"
 
 
-def _described(argument: Any) -> str:
+def _groups(op: str, arguments: tuple[Any, ...]) -> tuple[int, bool]:
+    """How many groups a convolution has, and whether it is transposed."""
+    *_, transposed, _, groups = arguments[:-1] if op.endswith("_backward") else arguments
+    return groups, transposed
+
+
+def _described(argument: Any) -> Hashable:
     if not isinstance(argument, Tensor):
-        return str(argument)
-    shape = "x".join(map(str, argument.shape))
+        return tuple(argument) if isinstance(argument, list) else argument
     channels_last = argument.dim() == 4 and argument.is_contiguous(memory_format=torch.channels_last)
-    return f"{str(argument.dtype).removeprefix('torch.')}[{shape}]" + ("nhwc" if channels_last else "")
+    return argument.dtype, tuple(argument.shape), channels_last
