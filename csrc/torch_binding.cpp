@@ -145,6 +145,46 @@ void noise_step_(Tensor noise, const Tensor& grad, const OptionalTensor& weight,
                       device.stream());
 }
 
+maskops::DepthwiseFilter depthwise_filter(const Tensor& weight, const OptionalTensor& mask, const OptionalTensor& noise,
+                                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                          const std::vector<int64_t>& dilation) {
+  maskops::DepthwiseFilter filter = {view(weight), view(mask), view(noise), {}, {}, {}};
+  for (int d = 0; d < 2; ++d) {
+    filter.stride[d] = static_cast<int>(stride[d]);
+    filter.padding[d] = static_cast<int>(padding[d]);
+    filter.dilation[d] = static_cast<int>(dilation[d]);
+  }
+  return filter;
+}
+
+void depthwise_conv_(Tensor output, const Tensor& input, const Tensor& weight, const Tensor& mask,
+                     const OptionalTensor& noise, const OptionalTensor& bias, std::vector<int64_t> stride,
+                     std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const Device device(output);
+  maskops::depthwise_conv(view(output), view(input), depthwise_filter(weight, mask, noise, stride, padding, dilation),
+                          view(bias), device.stream());
+}
+
+void depthwise_conv_input_grad_(Tensor grad_input, const Tensor& grad, const Tensor& weight, const Tensor& mask,
+                                const OptionalTensor& noise, std::vector<int64_t> stride,
+                                std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const Device device(grad_input);
+  maskops::depthwise_conv_input_grad(view(grad_input), view(grad),
+                                     depthwise_filter(weight, mask, noise, stride, padding, dilation),
+                                     device.stream());
+}
+
+void depthwise_conv_weight_grad_(Tensor grad_weight, const Tensor& grad, const Tensor& input,
+                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                 std::vector<int64_t> dilation) {
+  const Device device(grad_weight);
+  const auto filter = depthwise_filter(grad_weight, std::nullopt, std::nullopt, stride, padding, dilation);
+  const int64_t floats = maskops::depthwise_conv_weight_grad_floats(view(grad), view(input), filter);
+  const Tensor parts = torch::stable::new_empty(grad_weight, {floats}, ScalarType::Float);
+  maskops::depthwise_conv_weight_grad(view(grad_weight), view(grad), view(input), filter,
+                                      static_cast<float*>(parts.data_ptr()), device.stream());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(maskops_cuda, library) {
@@ -156,6 +196,15 @@ STABLE_TORCH_LIBRARY(maskops_cuda, library) {
       "int[] layers) -> ()");
   library.def("arena_mask_grad(Tensor grad, Tensor weight, Tensor mask, Tensor table, int[] layers) -> Tensor");
   library.def("noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()");
+  library.def(
+      "depthwise_conv_(Tensor(a!) output, Tensor input, Tensor weight, Tensor mask, Tensor? noise, Tensor? bias, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> ()");
+  library.def(
+      "depthwise_conv_input_grad_(Tensor(a!) grad_input, Tensor grad, Tensor weight, Tensor mask, Tensor? noise, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> ()");
+  library.def(
+      "depthwise_conv_weight_grad_(Tensor(a!) grad_weight, Tensor grad, Tensor input, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maskops_cuda, MASKOPS_DISPATCH_KEY, library) {
@@ -164,4 +213,7 @@ STABLE_TORCH_LIBRARY_IMPL(maskops_cuda, MASKOPS_DISPATCH_KEY, library) {
   library.impl("arena_effective_weight_", TORCH_BOX(&arena_effective_weight_));
   library.impl("arena_mask_grad", TORCH_BOX(&arena_mask_grad));
   library.impl("noise_step_", TORCH_BOX(&noise_step_));
+  library.impl("depthwise_conv_", TORCH_BOX(&depthwise_conv_));
+  library.impl("depthwise_conv_input_grad_", TORCH_BOX(&depthwise_conv_input_grad_));
+  library.impl("depthwise_conv_weight_grad_", TORCH_BOX(&depthwise_conv_weight_grad_));
 }
