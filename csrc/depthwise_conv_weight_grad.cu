@@ -50,7 +50,7 @@ __device__ void write_sums(float (&values)[taps][channels], const Lanes& lanes, 
       for (int w = 0; w < warps_of_a_block; ++w) total += sums[tap][w][channel];
     } else {
       const int warps = warps_of_a_block >> lanes.group_bits;
-      for (int w = 0; w < warps; ++w) total += sums[tap][channel * warps + w][0];
+      for (int w = 0; w < warps; ++w) total += sums[tap][channel / channels * warps + w][channel % channels];
     }
     if (block_channel + channel < lanes.channels) {
       to[static_cast<int64_t>(tap) * lanes.channels + block_channel + channel] = total;
