@@ -1,7 +1,8 @@
 #!/bin/sh
 # gpu.sh FOLDER: build, test and measure on this machine's GPU, in less than ten minutes. FOLDER then holds the CSV and
 # log.txt, all that the parts printed.
-# Needs $PYTHON (python3) with torch, triton, pytest and hypothesis. Fetches nothing. Every part runs; one that fails
+# Needs $PYTHON (python3) with torch, triton, pytest and hypothesis, and for the CUDA kernels an nvcc, cmake, ninja and
+# pybind11. Fetches nothing. Every part runs; one that fails
 # fails the whole. $PROCESSES (one per core) tests run side by side: Triton compiles a kernel for each.
 set -u
 [ $# = 1 ] || { echo "usage: gpu.sh FOLDER" >&2; exit 2; }
@@ -76,6 +77,12 @@ print(platform.python_version(), torch.__version__, torch.version.cuda, torch.ba
 print(torch.cuda.get_device_properties(0))'
 
 export OMP_NUM_THREADS=1
+# the CUDA kernels for this GPU alone, in the package's folder, where the tests find them
+TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + ("a" if major == 9 else ""))')
+export TORCH_CUDA_ARCH_LIST
+part extension 120 "$python" setup.py -q build_ext --inplace
 start build 60 "$python" -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target "$out/site" .
 share=0
 while [ $share -lt "$processes" ]; do
@@ -89,12 +96,14 @@ rm -rf "$out/site"
 # timed below, which leaves its kernels in the caches of Triton and torch.compile.
 check=$(sanitizer)
 if [ -n "$check" ]; then
-    for tool in memcheck racecheck; do
-        start $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$check" --tool $tool --error-exitcode 9 "$python" -m pytest \
-            -p no:cacheprovider -x tests/test_ops.py -k "same_on_every_backend and triton"
+    for tool in memcheck racecheck initcheck synccheck; do
+        for backend in cuda triton; do
+            start $tool-$backend 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$check" --tool $tool --error-exitcode 9 \
+                "$python" -m pytest -p no:cacheprovider -x tests/test_ops.py -k "same_on_every_backend and $backend"
+        done
     done
 else
-    echo "== memcheck, racecheck: there is no compute-sanitizer"
+    echo "== memcheck, racecheck, initcheck, synccheck: there is no compute-sanitizer"
 fi
 for dtype in bfloat16 float32; do
     for net in small_vgg resnet18; do

@@ -1,6 +1,7 @@
 // weight * (mask + noise) of one layer or of all layers of an arena in one launch, and the gradients of the factors.
 #include "arithmetic.h"
 #include "elements.cuh"
+#include "layer_blocks.cuh"
 
 namespace maskops {
 namespace {
@@ -12,25 +13,10 @@ constexpr int sum_threads = 256;
 // Up to so many terms are summed by one thread, whose neighbours sum those of neighbouring masks.
 constexpr int few_terms = 32;
 
-// Which blocks of a launch work on which layer.
-struct LayerBlocks {
-  int layers = 0;
+// The layers of a launch, from a row of the table on.
+struct ArenaLayers {
+  LayerBlocks<most_layers> blocks;
   int first_row = 0;
-  unsigned first_block[most_layers + 1] = {};
-
-  // The layer of this block, counted from the first of the launch.
-  __device__ int find() const {
-    int low = 0, high = layers - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (first_block[middle] <= blockIdx.x) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
-  }
 };
 
 // A row of an arena's table: where weight and mask lie in their buffers, then a size and a stride for each dimension.
@@ -67,11 +53,11 @@ __device__ float factor_at(const Operand& mask, const Operand& noise, int64_t of
 }
 
 __global__ void __launch_bounds__(256, 4)
-arena_effective_weight_kernel(const LayerBlocks blocks, ArenaTable table, Operand effective, Operand weight,
+arena_effective_weight_kernel(const ArenaLayers layers, ArenaTable table, Operand effective, Operand weight,
                               Operand mask, Operand noise) {
-  const int layer = blocks.find();
-  const Row row = row_of(table, table.on_device, blocks.first_row + layer);
-  const int64_t block = blockIdx.x - blocks.first_block[layer];
+  const int layer = layers.blocks.find();
+  const Row row = row_of(table, table.on_device, layers.first_row + layer);
+  const int64_t block = blockIdx.x - layers.blocks.first_block[layer];
   const int64_t index = block * entries_of_a_block + threadIdx.x * eight, length = row.length();
   if (index >= length) return;
   const int64_t at = row.start() + index;
@@ -115,10 +101,10 @@ __device__ int warps_of_a_sum() { return sum_threads / 32; }
 
 // A thread sums few terms alone; many are summed by a warp.
 __global__ void __launch_bounds__(sum_threads, 4)
-arena_mask_grad_kernel(const LayerBlocks blocks, ArenaTable table, Operand grads, Operand grad, Operand weight) {
-  const int layer = blocks.find();
-  const Row row = row_of(table, table.on_device, blocks.first_row + layer);
-  const int64_t block = blockIdx.x - blocks.first_block[layer], count = row.mask_length();
+arena_mask_grad_kernel(const ArenaLayers layers, ArenaTable table, Operand grads, Operand grad, Operand weight) {
+  const int layer = layers.blocks.find();
+  const Row row = row_of(table, table.on_device, layers.first_row + layer);
+  const int64_t block = blockIdx.x - layers.blocks.first_block[layer], count = row.mask_length();
   const int64_t terms = row.length() / count;
   const int lanes = terms <= few_terms ? 1 : 32;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
@@ -131,7 +117,7 @@ arena_mask_grad_kernel(const LayerBlocks blocks, ArenaTable table, Operand grads
     const bool in_a_row = row.stride(0) == 0 && row.size(0) == terms;
     for (int64_t term = lane; term < terms; term += lanes) {
       const int64_t at = first + (in_a_row ? term : weight_offset(row, term, false, nullptr));
-      total += load(grad, at) * load(weight, at);
+      total += static_cast<double>(load(grad, at)) * load(weight, at);
     }
   }
   if (lanes == 32) {
@@ -171,7 +157,7 @@ factor_grad_kernel(Space kept, Space summed, Operand result, Operand grad, Opera
   const int64_t grad_at = offset_of(kept, grad, entry), weight_at = offset_of(kept, weight, entry);
   double total = 0;
   for (int64_t term = threadIdx.x % 32; term < summed.count; term += 32) {
-    total += load(grad, grad_at + offset_of(summed, inner_grad, term)) *
+    total += static_cast<double>(load(grad, grad_at + offset_of(summed, inner_grad, term))) *
              load(weight, weight_at + offset_of(summed, inner_weight, term));
   }
   for (int far = 16; far > 0; far /= 2) total += __shfl_xor_sync(0xffffffffu, total, far);
@@ -182,14 +168,12 @@ factor_grad_kernel(Space kept, Space summed, Operand result, Operand grad, Opera
 template <typename EntriesOf, typename Start>
 void each_launch(const ArenaTable& table, EntriesOf blocks_of, Start start) {
   for (int first = 0; first < table.rows; first += most_layers) {
-    LayerBlocks blocks;
-    blocks.first_row = first;
-    blocks.layers = std::min(most_layers, table.rows - first);
-    for (int i = 0; i < blocks.layers; ++i) {
-      const int64_t of_layer = blocks_of(row_of(table, table.on_host, first + i));
-      blocks.first_block[i + 1] = blocks.first_block[i] + static_cast<unsigned>(of_layer);
+    ArenaLayers layers;
+    layers.first_row = first;
+    for (int row = first; row < std::min(first + most_layers, table.rows); ++row) {
+      layers.blocks.add(blocks_of(row_of(table, table.on_host, row)));
     }
-    start(blocks);
+    start(layers);
   }
 }
 
@@ -199,21 +183,6 @@ Operand flat(const View& view) {
   operand.dtype = view.dtype;
   operand.strides[0] = 1;
   return operand;
-}
-
-int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
-
-// The dimensions in which the factor is repeated, or the others, of a tensor that has all of them.
-View part(const View& whole, const View& factor, bool repeated) {
-  View view = whole;
-  view.dimensions = 0;
-  for (int d = 0; d < whole.dimensions; ++d) {
-    const int at = d - whole.dimensions + factor.dimensions;
-    if ((at < 0 || factor.sizes[at] != whole.sizes[d]) != repeated) continue;
-    view.sizes[view.dimensions] = whole.sizes[d];
-    view.strides[view.dimensions++] = whole.strides[d];
-  }
-  return view;
 }
 
 }  // namespace
@@ -232,13 +201,7 @@ void factor_grad(const View& result, const View& grad, const View& weight, cudaS
     effective_weight(result, grad, weight, {}, stream);
     return;
   }
-  View own = outer_grad;  // the result over the same dimensions
-  own.data = result.data;
-  own.dtype = result.dtype;
-  for (int d = 0, k = 0; d < grad.dimensions; ++d) {
-    const int at = d - grad.dimensions + result.dimensions;
-    if (at >= 0 && result.sizes[at] == grad.sizes[d]) own.strides[k++] = result.strides[at];
-  }
+  const View own = part(repeated_as(result, grad), result, false);
   const Elementwise<3> kept({&own, &outer_grad, &outer_weight});
   const Elementwise<2> summed({&inner_weight, &inner_grad});
   const Launch how = {dim3(static_cast<unsigned>(divide_up(kept.space.count, sum_threads / 32))), dim3(sum_threads),
@@ -250,9 +213,9 @@ void factor_grad(const View& result, const View& grad, const View& weight, cudaS
 void arena_effective_weight(const ArenaTable& table, const View& effective, const View& weight, const View& mask,
                             const View& noise, cudaStream_t stream) {
   const auto blocks_of = [](const Row& row) { return divide_up(row.length(), entries_of_a_block); };
-  each_launch(table, blocks_of, [&](const LayerBlocks& blocks) {
-    const Launch how = {dim3(blocks.first_block[blocks.layers]), dim3(256), stream};
-    launch<arena_effective_weight_kernel>(how, blocks, table, flat(effective), flat(weight), flat(mask), flat(noise));
+  each_launch(table, blocks_of, [&](const ArenaLayers& layers) {
+    const Launch how = {dim3(layers.blocks.blocks()), dim3(256), stream};
+    launch<arena_effective_weight_kernel>(how, layers, table, flat(effective), flat(weight), flat(mask), flat(noise));
   });
 }
 
@@ -262,9 +225,9 @@ void arena_mask_grad(const ArenaTable& table, const View& grads, const View& gra
     const int64_t terms = row.mask_length() ? row.length() / row.mask_length() : 0;
     return divide_up(row.mask_length(), terms <= few_terms ? sum_threads : sum_threads / 32);
   };
-  each_launch(table, blocks_of, [&](const LayerBlocks& blocks) {
-    const Launch how = {dim3(blocks.first_block[blocks.layers]), dim3(sum_threads), stream};
-    launch<arena_mask_grad_kernel>(how, blocks, table, flat(grads), flat(grad), flat(weight));
+  each_launch(table, blocks_of, [&](const ArenaLayers& layers) {
+    const Launch how = {dim3(layers.blocks.blocks()), dim3(sum_threads), stream};
+    launch<arena_mask_grad_kernel>(how, layers, table, flat(grads), flat(grad), flat(weight));
   });
 }
 

@@ -54,6 +54,21 @@ void effective_weight(const View& effective, const View& weight, const View& mas
 // grad * weight, summed where the result has fewer entries.
 void factor_grad(const View& result, const View& grad, const View& weight, cudaStream_t stream);
 
+// A layer's tensors: what is missing has no data; the scale is one number per entry of the first dimension.
+struct WeightViews {
+  View clean, perturbed, weight, mask, noise, scale;
+};
+
+// clean = weight * mask * scale and perturbed = weight * (mask + noise) * scale of many layers.
+void effective_weights(const std::vector<WeightViews>& weights, cudaStream_t stream);
+
+struct FactorViews {
+  View result, grad, other_grad, weight, scale;
+};
+
+// (grad + other_grad) * weight * scale of many layers, summed where a result has fewer entries.
+void factor_grads(const std::vector<FactorViews>& factors, cudaStream_t stream);
+
 // effective_weight of all layers of flat buffers.
 void arena_effective_weight(const ArenaTable& table, const View& effective, const View& weight, const View& mask,
                             const View& noise, cudaStream_t stream);

@@ -50,4 +50,29 @@ Layout<count> collapse(const View* const (&views)[count]) {
   return layout;
 }
 
+// The factor with the sizes of the whole, and strides of 0 where it is repeated.
+inline View repeated_as(const View& factor, const View& whole) {
+  View view = whole;
+  view.data = factor.data;
+  view.dtype = factor.dtype;
+  for (int d = 0; d < whole.dimensions; ++d) {
+    const int at = d - whole.dimensions + factor.dimensions;
+    view.strides[d] = at < 0 || factor.sizes[at] != whole.sizes[d] ? 0 : factor.strides[at];
+  }
+  return view;
+}
+
+// The dimensions in which the factor is repeated, or the others, of a tensor that has all of them.
+inline View part(const View& whole, const View& factor, bool repeated) {
+  View view = whole;
+  view.dimensions = 0;
+  for (int d = 0; d < whole.dimensions; ++d) {
+    const int at = d - whole.dimensions + factor.dimensions;
+    if ((at < 0 || factor.sizes[at] != whole.sizes[d]) != repeated) continue;
+    view.sizes[view.dimensions] = whole.sizes[d];
+    view.strides[view.dimensions++] = whole.strides[d];
+  }
+  return view;
+}
+
 }  // namespace maskops

@@ -33,7 +33,9 @@ maskops::DType dtype_of(const Tensor& tensor) {
 
 View view(const Tensor& tensor) {
   View result;
-  result.data = tensor.data_ptr();
+  // a tensor of no elements has no memory, but it isn't missing
+  static char nothing[16];
+  result.data = tensor.numel() == 0 ? nothing : tensor.data_ptr();
   result.dtype = dtype_of(tensor);
   result.dimensions = static_cast<int>(tensor.dim());
   STD_TORCH_CHECK(result.dimensions <= maskops::most_dimensions, "expected at most ", maskops::most_dimensions,
@@ -66,7 +68,8 @@ class Device {
   cudaStream_t stream_ = nullptr;
 };
 
-// Unwritten memory in the memory order of another tensor, without gaps.
+// Unwritten memory in the memory order of another tensor, without gaps. Where it is contiguous whatever the strides of its
+// dimensions of one entry, they are those of a contiguous one, as of what torch's own ops return.
 Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const int dimensions = static_cast<int>(tensor.dim());
@@ -84,7 +87,15 @@ Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
     has_gaps = has_gaps || (sizes[d] != 1 && strides[d] != step);
     step *= sizes[d];
   }
-  if (!has_gaps) dense.assign(strides.begin(), strides.end());
+  if (tensor.is_contiguous()) {
+    step = 1;
+    for (int d = dimensions - 1; d >= 0; --d) {
+      dense[d] = step;
+      step *= std::max<int64_t>(sizes[d], 1);
+    }
+  } else if (!has_gaps) {
+    dense.assign(strides.begin(), strides.end());
+  }
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dimensions, sizes.data(), dense.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
@@ -116,6 +127,46 @@ std::vector<Tensor> effective_weight_backward(const Tensor& grad, const Tensor& 
     maskops::factor_grad(view(grads.back()), view(grad), view(weight), device.stream());
   }
   return grads;
+}
+
+std::vector<Tensor> effective_weights(std::vector<Tensor> weights, std::vector<Tensor> masks,
+                                      std::vector<Tensor> noises, std::vector<Tensor> scales, ScalarType dtype) {
+  const Device device(weights[0]);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size() * (noises.empty() ? 1 : 2); ++i) {
+    results.push_back(empty_like(weights[i % weights.size()], dtype));
+  }
+  std::vector<maskops::WeightViews> views(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    views[i] = {view(results[i]), {}, view(weights[i]), view(masks[i]), {}, {}};
+    if (!scales.empty()) views[i].scale = view(scales[i]);
+    if (noises.empty()) continue;
+    views[i].perturbed = view(results[weights.size() + i]);
+    views[i].noise = view(noises[i]);
+  }
+  maskops::effective_weights(views, device.stream());
+  return results;
+}
+
+std::vector<Tensor> effective_weights_backward(std::vector<Tensor> grads, std::vector<Tensor> weights,
+                                               std::vector<Tensor> masks, std::vector<Tensor> noises,
+                                               std::vector<Tensor> scales) {
+  const Device device(weights[0]);
+  const size_t count = weights.size();
+  std::vector<Tensor> results;
+  std::vector<maskops::FactorViews> views;
+  for (size_t i = 0; i < count + noises.size(); ++i) {
+    const size_t layer = i % count;
+    const Tensor& factor = i < count ? masks[i] : noises[layer];
+    const bool whole = factor.numel() == weights[layer].numel();
+    results.push_back(empty_like(whole ? grads[i] : factor, factor.scalar_type()));
+    View scale;
+    if (!scales.empty()) scale = view(scales[layer]);
+    const View other = i < count && !noises.empty() ? view(grads[count + i]) : View();
+    views.push_back({view(results[i]), view(grads[i]), other, view(weights[layer]), scale});
+  }
+  maskops::factor_grads(views, device.stream());
+  return results;
 }
 
 maskops::ArenaTable arena_table(const Tensor& table, const std::vector<int64_t>& layers) {
@@ -192,6 +243,12 @@ STABLE_TORCH_LIBRARY(maskops_cuda, library) {
   library.def(
       "effective_weight_backward(Tensor grad, Tensor weight, Tensor mask, Tensor? noise, bool[3] needs) -> Tensor[]");
   library.def(
+      "effective_weights(Tensor[] weights, Tensor[] masks, Tensor[] noises, Tensor[] scales, ScalarType dtype) -> "
+      "Tensor[]");
+  library.def(
+      "effective_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] masks, Tensor[] noises, Tensor[] scales) "
+      "-> Tensor[]");
+  library.def(
       "arena_effective_weight_(Tensor(a!) effective, Tensor weight, Tensor mask, Tensor? noise, Tensor table, "
       "int[] layers) -> ()");
   library.def("arena_mask_grad(Tensor grad, Tensor weight, Tensor mask, Tensor table, int[] layers) -> Tensor");
@@ -210,6 +267,8 @@ STABLE_TORCH_LIBRARY(maskops_cuda, library) {
 STABLE_TORCH_LIBRARY_IMPL(maskops_cuda, MASKOPS_DISPATCH_KEY, library) {
   library.impl("effective_weight", TORCH_BOX(&effective_weight));
   library.impl("effective_weight_backward", TORCH_BOX(&effective_weight_backward));
+  library.impl("effective_weights", TORCH_BOX(&effective_weights));
+  library.impl("effective_weights_backward", TORCH_BOX(&effective_weights_backward));
   library.impl("arena_effective_weight_", TORCH_BOX(&arena_effective_weight_));
   library.impl("arena_mask_grad", TORCH_BOX(&arena_mask_grad));
   library.impl("noise_step_", TORCH_BOX(&noise_step_));

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -71,13 +72,19 @@ def choose(op: str, arguments: tuple[Any, ...], backend: str | None) -> Callable
     serve the call, the reason is raised and nothing else is tried.
     """
     forced = backend or os.environ.get("MASKOPS_BACKEND") or None
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    tensors = _tensors(arguments)
     for candidate in (forced,) if forced else BACKENDS:
         reason = why_not(candidate, op, *tensors)
         if reason is None and not (forced is None and _why_not_first(candidate, op, *tensors)):
             return _find(candidate, op)
     # the reference serves everything, so only a forced choice comes here
     raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {reason}")
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments, and in lists of them."""
+    flat = chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in arguments)
+    return [argument for argument in flat if isinstance(argument, Tensor)]
 
 
 def explain(op: str | None = None, *arguments: Any) -> str:
@@ -99,7 +106,7 @@ def explain(op: str | None = None, *arguments: Any) -> str:
     if op not in OPS:
         raise ValueError(f"explain: expected one of {', '.join(OPS)}; got {op!r}")
     rows = [op]
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    tensors = _tensors(arguments)
     forced = os.environ.get("MASKOPS_BACKEND")
     served = False
     for backend in (forced,) if forced else BACKENDS:

@@ -22,12 +22,15 @@ _GEOMETRY = (
 )
 _GEOMETRY_2D = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 _LAYER = "Tensor weight, Tensor mask, Tensor? noise"
+_LAYERS = "Tensor[] weights, Tensor[] masks, Tensor[] noises, Tensor[] scales"
 _MANY = "Tensor weight, Tensor masks, Tensor? noise"
 _BRANCHES = "Tensor? grad, Tensor? perturbed_grad, Tensor? input, Tensor? perturbed_input, bool one_input"
 
 _SCHEMAS = (
     f"effective_weight({_LAYER}, ScalarType dtype) -> Tensor",
     f"effective_weight_backward(Tensor grad, {_LAYER}, bool[3] needs) -> Tensor[]",
+    f"effective_weights({_LAYERS}, ScalarType dtype) -> Tensor[]",
+    f"effective_weights_backward(Tensor[] grads, {_LAYERS}) -> Tensor[]",
     f"masked_conv(Tensor input, {_LAYER}, Tensor? bias, {_GEOMETRY}) -> Tensor",
     f"masked_conv_backward(Tensor grad, Tensor? input, {_LAYER}, SymInt[] input_size, {_GEOMETRY}, bool[5] needs) "
     "-> Tensor[]",

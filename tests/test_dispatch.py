@@ -137,6 +137,7 @@ def test_a_forced_backend_reaches_every_op_of_forward_and_backward(name):
         layer["masks"] = layer.pop("mask").unsqueeze(0)
     arguments = {
         "effective_weight": {"weight": rand(2), "mask": rand(2)},
+        "effective_weights": {"weights": [rand(2)], "masks": [rand(2, grad=True)]},
         "masked_batch_norm": {**dict.fromkeys(("weight", "mask"), rand(2)), "input": rand(3, 2), "training": True},
         "masked_layer_norm": {**dict.fromkeys(("weight", "mask", "input"), rand(2)), "normalized_shape": [2]},
         "prepare_images": {"images": rand(2, 3, 4, 4), "trigger": rand(1, 3, 4, 4)},

@@ -43,7 +43,17 @@ def test_script_runs_every_part(tmp_path):
     run = run_script(tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     log = (tmp_path / "out" / "log.txt").read_text()
-    for part in ("machine", "build", "tests-0", "tests-2", "compile-resnet18-float32", "compile-ops", "ops", "awm"):
+    for part in (
+        "machine",
+        "extension",
+        "build",
+        "tests-0",
+        "tests-2",
+        "compile-resnet18-float32",
+        "compile-ops",
+        "ops",
+        "awm",
+    ):
         assert f"== {part}: exit 0" in run.stdout and f"==== {part}\n" in log
     assert "benchmarks.shard 2/3" in log and "tests-3" not in log
     assert "== tests-1: exit 0 after 0 s (limit 230); 3 passed in 1s" in run.stdout
@@ -63,8 +73,10 @@ def test_memory_checkers_are_asked_where_there_are_any(tmp_path, says, code):
     checker.write_text(f"#!/bin/sh\necho {says} $*\nexit 9\n")
     checker.chmod(0o755)
     run = run_script(tmp_path)
-    assert run.returncode == code and ("failed: memcheck racecheck\n" in run.stderr) == bool(code)
-    assert f"{says} --tool racecheck" in (tmp_path / "out" / "log.txt").read_text()
+    assert run.returncode == code
+    assert run.stderr.startswith("gpu.sh: failed: memcheck-cuda memcheck-triton racecheck-cuda") == bool(code)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert all(f"{says} --tool {tool}" in log for tool in ("memcheck", "racecheck", "initcheck", "synccheck"))
 
 
 def test_compiling_too_long_beforehand_is_no_failure(tmp_path):

@@ -14,13 +14,14 @@ from maskops.functional.linear import dual_masked_linear, masked_linear
 from maskops.functional.many import many_masked_conv2d, many_masked_linear
 from maskops.functional.norm import masked_batch_norm, masked_layer_norm
 from maskops.functional.trigger import trigger_step_
-from maskops.functional.weight import clip_mask_, effective_weight
+from maskops.functional.weight import clip_mask_, effective_weight, effective_weights
 
 __all__ = [
     "clip_mask_",
     "dual_masked_conv2d",
     "dual_masked_linear",
     "effective_weight",
+    "effective_weights",
     "many_masked_conv2d",
     "many_masked_linear",
     "masked_batch_norm",

@@ -12,7 +12,8 @@ e and dL/de are never kept. Under ``create_graph=True`` the same formulas run as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -85,6 +86,37 @@ class EffectiveWeight(Function):
         needs = list(ctx.needs_input_grad[:3])
         grads = _compute("effective_weight_backward", grad, *ctx.saved_tensors, needs, backend=ctx.backend)
         return *_deal(grads, needs), None, None
+
+
+class EffectiveWeights(Function):
+    """The effective weights of many layers; weights and scales are frozen."""
+
+    @staticmethod
+    def formula(count, has_noise, has_scales, dtype, *tensors):
+        return tuple(reference.effective_weights(*_in_lists(count, has_noise, has_scales, tensors), dtype))
+
+    @staticmethod
+    def forward(ctx, count, has_noise, has_scales, dtype, *tensors_and_backend):
+        *tensors, ctx.backend = tensors_and_backend
+        ctx.lists = count, has_noise, has_scales
+        ctx.save_for_backward(*tensors)
+        return tuple(_ops.effective_weights(*_in_lists(*ctx.lists, tensors), dtype, backend=ctx.backend))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        count, _, has_scales = ctx.lists
+        lists = _in_lists(*ctx.lists, ctx.saved_tensors)
+        found = _compute("effective_weights_backward", list(grads), *lists, backend=ctx.backend)
+        wanted = ctx.needs_input_grad[4 + count : 4 + count + len(found)]
+        found = [grad if need else None for grad, need in zip(found, wanted, strict=True)]
+        return *[None] * (4 + count), *found, *[None] * (count * has_scales), None
+
+
+def _in_lists(count: int, has_noise: bool, has_scales: bool, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Weights, masks, noises and scales, of which the last two may be none."""
+    counts = [count, count, count * has_noise, count * has_scales]
+    ends = list(accumulate(counts))
+    return [list(tensors[end - size : end]) for size, end in zip(counts, ends, strict=True)]
 
 
 class MaskedLayer(Function):

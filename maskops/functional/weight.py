@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from maskops.functional._autograd import EffectiveWeight, run
+from maskops.functional._autograd import EffectiveWeight, EffectiveWeights, run
 from maskops.functional._checks import FLOATING, broadcasts, check_floating, check_weight, shape
 
 
@@ -39,6 +41,55 @@ def effective_weight(
     if dtype not in FLOATING:
         raise TypeError(f"effective_weight: dtype must be floating; got {dtype}")
     return run(EffectiveWeight, weight, mask, noise, dtype, backend)
+
+
+def effective_weights(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    noises: Sequence[Tensor] | None = None,
+    scales: Sequence[Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """The weights of many layers under their masks, in one launch on a GPU: ``scale * weight * mask`` of each.
+
+    With noises also ``scale * weight * (mask + noise)`` of each, in the same pass. A scale folds a frozen batch norm
+    into its layer: its ``gamma / sqrt(var + eps)``.
+
+    weights:   (O, *) each, float64, float32, float16 or bfloat16; frozen
+    masks:     one per weight, broadcastable to it, any floating dtype, or uint8 in steps of 1/255, without gradient
+    noises:    one per weight, broadcastable to it, any floating dtype; None for none
+    scales:    (O,) one per weight, any floating dtype, frozen; None for 1
+    dtype:     dtype of the results; the first weight's by default
+    backend:   None for the first usable of cuda, triton, reference; see :func:`maskops.explain`
+    returns:   the effective weights; with noises two lists, the clean and the perturbed ones
+    gradients: masks and noises
+    errors:    ValueError for lists of other lengths and shapes that don't broadcast, TypeError for dtypes
+    source:    m⊙θ and (m+δ)⊙θ of AWM (Chai & Chen 2022), Eq. 4.1 and 4.3
+
+    >>> effective_weights([torch.ones(2, 2), torch.ones(1)], [torch.full((2, 1), 0.5), torch.zeros(1)])
+    [tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]]), tensor([0.])]
+    """
+    name, count = "effective_weights", len(weights)
+    noises, scales = noises or [], scales or []
+    lengths = {"masks": len(masks), "noises": len(noises) or count, "scales": len(scales) or count}
+    for what, length in lengths.items():
+        if length != count:
+            raise ValueError(f"{name}: expected one of {what} for each of {count} weights; got {length}")
+    for at, weight in enumerate(weights):
+        check_weight(name, weight, masks[at], noises[at] if noises else None)
+        if scales and (weight.dim() == 0 or scales[at].shape != weight.shape[:1]):
+            raise ValueError(f"{name}: expected a scale {tuple(weight.shape[:1])}; got {shape(scales[at])}")
+    if not count:
+        return ([], []) if noises else []
+    dtype = weights[0].dtype if dtype is None else dtype
+    if dtype not in FLOATING:
+        raise TypeError(f"{name}: dtype must be floating; got {dtype}")
+    tensors = *weights, *masks, *noises, *scales
+    found = list(run(EffectiveWeights, count, bool(noises), bool(scales), dtype, *tensors, backend))
+    return (found[:count], found[count:]) if noises else found
 
 
 def clip_mask_(mask: Tensor, lower: float | Tensor = 0.0, upper: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from maskops.backends.reference.arena import arena_effective_weight_, arena_mask_grad
+from maskops.backends.reference.effective_weights import effective_weights, effective_weights_backward
 from maskops.backends.reference.images import prepare_images, prepare_images_backward
 from maskops.backends.reference.l1_ball import project_onto_l1_ball, rescale_to_l1_ball
 from maskops.backends.reference.layers import (
@@ -43,6 +44,8 @@ __all__ = [
     "dual_masked_linear_backward",
     "effective_weight",
     "effective_weight_backward",
+    "effective_weights",
+    "effective_weights_backward",
     "many_masked_conv",
     "many_masked_conv_backward",
     "many_masked_linear",

@@ -1,0 +1,114 @@
+"""The effective weights of many layers at once."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, check, rand
+
+from maskops.functional import effective_weights
+
+SHAPES = [(6, 4, 3, 3), (5, 7), (4, 1, 3, 3), (3,), (2, 3, 1, 1)]
+GRANULARITIES = {
+    "weight": SHAPES,
+    "neuron": [(shape[0], *(1,) * (len(shape) - 1)) for shape in SHAPES],
+    "kernel": [(*shape[:2], *(1,) * (len(shape) - 2)) for shape in SHAPES],
+    "number": [()] * len(SHAPES),
+}
+
+
+def call(weights, scales, backend=None, noised=False, dtype=None, **factors):
+    """The effective weights as one flat list, for masks and noises given by name."""
+    masks = [factors[f"mask{i}"] for i in range(len(weights))]
+    noises = [factors[f"noise{i}"] for i in range(len(weights))] if noised else None
+    found = effective_weights(weights, masks, noises, scales, dtype=dtype, backend=backend)
+    return tuple(found[0] + found[1]) if noised else tuple(found)
+
+
+def plain(weights, scales, noised=False, dtype=None, **factors):
+    wide = factors["mask0"].dtype
+    outputs = []
+    for kind in ("mask", "noise") if noised else ("mask",):
+        for i, weight in enumerate(weights):
+            factor = factors[f"mask{i}"] + (factors[f"noise{i}"] if kind == "noise" else 0)
+            weight = weight.double() if wide == torch.float64 else weight
+            product = weight * factor
+            if scales is not None:
+                product = product * scales[i].view(-1, *(1,) * (weight.dim() - 1))
+            outputs.append(product.to(wide if wide == torch.float64 else dtype or weights[0].dtype))
+    return tuple(outputs)
+
+
+def layers(dtype=torch.float32):
+    weights = [rand(*shape, dtype=dtype) for shape in SHAPES]
+    weights[0] = weights[0].contiguous(memory_format=torch.channels_last)
+    weights[1] = weights[1].t().contiguous().t()
+    return weights, [rand(shape[0]) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("noise", [None, "weight", "neuron"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_all_layers_and_their_gradients_are_right(granularity, noise, scaled, dtype, backend):
+    weights, scales = layers(dtype)
+    factors = {f"mask{i}": rand(*shape) for i, shape in enumerate(GRANULARITIES[granularity])}
+    if noise:
+        factors |= {f"noise{i}": rand(*shape) for i, shape in enumerate(GRANULARITIES[noise])}
+    fixed = {"weights": weights, "scales": scales if scaled else None, "noised": noise is not None}
+    check(partial(call, **fixed), partial(plain, **fixed), factors, backend)
+
+
+def test_many_more_layers_than_a_launch_takes(backend):
+    weights = [rand(1 + i % 5, 3) for i in range(150)]
+    factors = {f"mask{i}": rand(len(weight), 1) for i, weight in enumerate(weights)}
+    fixed = {"weights": weights, "scales": None}
+    check(partial(call, **fixed), partial(plain, **fixed), factors, backend, exact=True)
+
+
+def test_gradients_in_float64():
+    weights, scales = [rand(3, 2, 2, dtype=torch.float64)], [rand(3, dtype=torch.float64)]
+    mask, noise = rand(3, 1, 1, dtype=torch.float64, grad=True), rand(3, 2, 2, dtype=torch.float64, grad=True)
+
+    def function(mask, noise):
+        clean, perturbed = effective_weights(weights, [mask], [noise], scales)
+        return *clean, *perturbed
+
+    assert torch.autograd.gradcheck(function, (mask, noise))
+    assert torch.autograd.gradgradcheck(function, (mask, noise))
+
+
+def test_masks_of_bytes_and_layers_of_nothing(backend):
+    weights = [rand(2, 3), rand(0, 3), rand(2, 0)]
+    masks = [torch.full((2, 3), 51, dtype=torch.uint8, device=DEVICE), rand(0, 1), rand(2, 1)]
+    try:
+        found = effective_weights(weights, masks, backend=backend)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    torch.testing.assert_close(found[0], weights[0] * 0.2)
+    assert [output.shape for output in found[1:]] == [(0, 3), (2, 0)]
+    masks[2].requires_grad_()
+    (grad,) = torch.autograd.grad(effective_weights(weights, masks, backend=backend)[2].sum(), masks[2])
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_no_layers_are_none():
+    assert effective_weights([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (([rand(2)], []), "expected one of masks for each of 1 weights; got 0"),
+        (
+            ([rand(2)], [rand(2)], [rand(2)] * 2),
+            "expected one of noises for each of 1 weights; got 2",
+        ),
+        (([rand(2)], [rand(2)], None, [rand(3)]), "expected a scale (2,); got (3,)"),
+        (([rand(2)], [rand(3)]), "mask must broadcast to weight (2,); got mask (3,)"),
+    ],
+)
+def test_wrong_lists_are_refused_in_one_line(lists, message):
+    with pytest.raises(ValueError) as error:
+        effective_weights(*lists)
+    assert str(error.value) == f"effective_weights: {message}"
