@@ -85,14 +85,21 @@ using RowOf = Row<columns, channels, channels == 1 ? begin : 0,
                   channels == 1 ? (begin + length < columns ? begin + length : columns) : columns * channels,
                   channels == 1 ? 4 : channels>;
 
+// The value, of which the compiler doesn't know that it is always the same: else it keeps all multiples of it that a loop
+// needs in registers.
+__device__ inline int hidden(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // The columns from `column` on; column 0 is at `offset`. Zeros outside.
 template <typename Row>
 __device__ void fetch_row(Row& row, const Images& images, int64_t offset, int column, bool inside) {
 #pragma unroll
   for (int e = 0; e < Row::count; ++e) row.words[e] = 0;
   if (!inside) return;
-  const int64_t step = images.elements.strides[3];
-  offset += column * step;
+  const int step = hidden(static_cast<int>(images.elements.strides[3]));
+  offset += static_cast<int64_t>(column) * step;
   const auto is_inside = [&](int e) {
     return static_cast<unsigned>(column + e / Row::channels) < static_cast<unsigned>(images.columns);
   };
@@ -104,7 +111,7 @@ __device__ void fetch_row(Row& row, const Images& images, int64_t offset, int co
         if (!Row::leads(e) || !is_inside(e)) continue;
         const float* at = from + e / Row::channels * step;
         if (Row::alone(e)) {
-          memcpy(&row.words[e], at, 4);
+          row.words[e] = __float_as_uint(*at);
         } else if constexpr (Row::group == 4) {
           const uint4 four = *reinterpret_cast<const uint4*>(at);
           row.words[e] = four.x, row.words[e + 1] = four.y, row.words[e + 2] = four.z, row.words[e + 3] = four.w;
@@ -172,8 +179,8 @@ __device__ void unpack_row(const Row& row, DType dtype, float (&values)[Row::cou
 template <typename Row>
 __device__ void put_row(const float (&values)[Row::count], const Images& images, int64_t offset, int column) {
   const DType dtype = images.elements.dtype;
-  const int64_t step = images.elements.strides[3];
-  offset += column * step;
+  const int step = hidden(static_cast<int>(images.elements.strides[3]));
+  offset += static_cast<int64_t>(column) * step;
   const auto is_inside = [&](int e) {
     return static_cast<unsigned>(column + e / Row::channels) < static_cast<unsigned>(images.columns);
   };
@@ -249,6 +256,9 @@ inline Images images_of(const View& view, int dimension, int group) {
   }
   return images;
 }
+
+// Whether a walk can count its way along a row in 32 bits.
+inline bool can_walk(const View& images) { return images.strides[3] < 1 << 26; }
 
 inline int64_t blocks_for(int64_t count, int64_t of_a_block) { return (count + of_a_block - 1) / of_a_block; }
 

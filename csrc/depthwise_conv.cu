@@ -26,10 +26,11 @@ struct Walk {
   static constexpr int kernel = kernel_, stride = stride_;
   static constexpr int channels = !several_channels ? 1 : kernel == 3 ? 4 : 2;
   static constexpr bool in_registers = channels == 1 || kernel < 7;
-  static constexpr int columns = channels > 1 && kernel < 7 ? (kernel == 3 && stride == 2 ? 2 : 4) : 8;
+  // images for filters of seven are often a multiple of seven wide
+  static constexpr int columns = channels == 1 ? 8 : kernel == 7 ? 7 : kernel == 3 && stride == 2 ? 2 : 4;
   static constexpr int taps = kernel * kernel;
   static constexpr int block_channels = most_channel_groups * channels;
-  static constexpr int blocks = kernel < 7 ? 3 : 2;  // on a processor
+  static constexpr int blocks = kernel == 7 || (kernel == 5 && stride == 2) ? 2 : 3;  // on a processor
 };
 
 // The filters of a block's channels, [tap][channel], in shared memory.
@@ -83,7 +84,7 @@ struct Taps {
 
   // What a loop reads from shared memory would else be kept in registers, more than there are.
   __device__ void forget() {
-    if constexpr (!Shape::in_registers) asm volatile("" : "+r"(own));
+    if constexpr (!Shape::in_registers) own = hidden(own);
   }
 };
 
@@ -150,7 +151,6 @@ __global__ void __launch_bounds__(depthwise_threads, Shape::blocks) depthwise_wa
     const bool is_inside = row < after && static_cast<unsigned>(row) < static_cast<unsigned>(all.source.rows);
     fetch_row(next, all.source, from, column, strip.is_there && is_inside);
     if (i < 0) continue;
-    taps.forget();
     const auto add = [&](auto constant) {
       constexpr int phase = decltype(constant)::value;
 #pragma unroll
@@ -161,6 +161,7 @@ __global__ void __launch_bounds__(depthwise_threads, Shape::blocks) depthwise_wa
           for (int e = 0; e < columns * channels; ++e) totals[j][e] = j ? totals[j - 1][e] : 0.0f;
         }
         if (r >= kernel) continue;
+        taps.forget();
 #pragma unroll
         for (int s = 0; s < kernel; ++s) {
           float tap[channels];
@@ -339,7 +340,7 @@ struct Spread {
 
 void convolve(DepthwiseConvolution& all, const View& target, const View& source, cudaStream_t stream) {
   const auto is = [&](int kernel, int step) {
-    bool all_are = true;
+    bool all_are = can_walk(target) && can_walk(source);
     for (int d = 0; d < 2; ++d) {
       all_are = all_are && all.kernel[d] == kernel && all.step[d] == step && all.spread[d] == 1 && all.dilation[d] == 1;
     }
@@ -379,7 +380,7 @@ void depthwise_conv_input_grad(const View& grad_input, const View& grad, const D
   if (grad_input.count() == 0) return;
   DepthwiseConvolution all = convolution_of(filter, {});
   const auto halves = [&](int kernel) {
-    bool all_are = true;
+    bool all_are = can_walk(grad_input) && can_walk(grad);
     for (int d = 0; d < 2; ++d) {
       all_are = all_are && all.kernel[d] == kernel && filter.stride[d] == 2 && filter.dilation[d] == 1;
       all.first[d] = -filter.padding[d];

@@ -22,8 +22,8 @@ template <int kernel_, int stride_, bool several_channels>
 struct GradWalk {
   static constexpr int kernel = kernel_, stride = stride_;
   static constexpr int channels = !several_channels ? 1 : kernel == 3 ? 4 : 2;
-  static constexpr int columns = channels == 1 ? 8 : kernel == 3 ? 2 : 4;
-  static constexpr int blocks = kernel == 7 ? 2 : 3;  // on a processor
+  static constexpr int columns = channels == 1 ? 8 : kernel == 3 && stride == 2 ? 2 : 4;
+  static constexpr int blocks = kernel == 7 || (kernel == 3 && columns == 4) ? 2 : 3;  // on a processor
 };
 
 // Adds what the lanes of a block have, for `taps` taps, and writes the sums of the block's channels.
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(depthwise_threads, Shape::blocks)
       from += all.input.elements.strides[2];
       const bool is_inside = row < after && static_cast<unsigned>(row) < static_cast<unsigned>(all.input.rows);
       fetch_row(next, all.input, from, column, is_there && is_inside);
-      if (i >= 0 && i % stride == 0) {
+      if (stride == 1 || i % stride == 0) {
 #pragma unroll
         for (int j = kept - 1; j > 0; --j) {
 #pragma unroll
@@ -226,7 +226,7 @@ void walk(Plan& plan, const View& grad, const View& input) {
 void choose(Plan& plan, const View& grad, const View& input) {
   DepthwiseWeightGrad& all = plan.all;
   const auto is = [&](int kernel, int stride) {
-    bool all_are = true;
+    bool all_are = can_walk(grad) && can_walk(input);
     for (int d = 0; d < 2; ++d) {
       all_are = all_are && all.kernel[d] == kernel && all.stride[d] == stride && all.dilation[d] == 1;
     }

@@ -18,6 +18,7 @@ CASES = {
     "3x3": ((2, 8, 3, 2), (3, 3), 1, 1, 1),
     "3x3 of odd channels": ((2, 7, 3, 5), (3, 3), 1, 1, 1),
     "3x3 of two blocks of channels": ((1, 132, 2, 5), (3, 3), 1, 1, 1),
+    "3x3 of more images than lanes": ((12, 132, 2, 9), (3, 3), 1, 1, 1),
     "3x3 of many rows": ((2, 4, 23, 9), (3, 3), 1, 1, 1),
     "3x3 of whole vectors": ((2, 4, 4, 8), (3, 3), 1, 1, 1),
     "3x3 without padding": ((1, 4, 4, 12), (3, 3), 1, 0, 1),
