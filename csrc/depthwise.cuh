@@ -1,9 +1,9 @@
 // What the kernels of depthwise convolutions share: which part of the work a thread does, rows of images in registers,
 // effective filters in shared memory.
 //
-// A thread has a few neighbouring channels of a strip of columns, and walks down the rows; one channel, where channels are
-// not innermost in memory or can't be loaded together. Loads stay packed until the row before them has been computed. The
-// dtypes are read at run time, once for a row.
+// A thread has a few neighbouring channels of a strip of columns, and walks down the rows; one channel, where channels
+// are not innermost in memory or can't be loaded together. Loads stay packed until the row before them has been computed.
+// The dtypes are read at run time, once for a row.
 #pragma once
 
 #include "elements.cuh"
@@ -39,8 +39,8 @@ struct Filter {
   }
 };
 
-// Which block and thread does what: a block has 2^group_bits groups of channels, and 128 / 2^group_bits lanes. A lane is
-// a strip of columns of an image. Neighbouring threads have neighbouring channels, or neighbouring lanes.
+// Which block and thread does what: a block has 2^group_bits groups of channels, and 128 / 2^group_bits lanes. A lane
+// is a strip of columns of an image. Neighbouring threads have neighbouring channels, or neighbouring lanes.
 struct Lanes {
   bool channels_first;
   int group_bits, channels, channel_blocks, strips;
@@ -85,8 +85,8 @@ using RowOf = Row<columns, channels, channels == 1 ? begin : 0,
                   channels == 1 ? (begin + length < columns ? begin + length : columns) : columns * channels,
                   channels == 1 ? 4 : channels>;
 
-// The value, of which the compiler doesn't know that it is always the same: else it keeps all multiples of it that a loop
-// needs in registers.
+// The value, of which the compiler doesn't know that it is always the same: else it keeps all multiples of it that a
+// loop needs in registers.
 __device__ inline int hidden(int value) {
   asm volatile("" : "+r"(value));
   return value;

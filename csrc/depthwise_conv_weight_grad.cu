@@ -1,5 +1,5 @@
-// The gradient of the effective weight of a depthwise convolution: each block sums over a slice of the pixels into a part
-// of its own, and a second launch adds the parts, always in the same order.
+// The gradient of the effective weight of a depthwise convolution: each block sums over a slice of the pixels into a
+// part of its own, and a second launch adds the parts, always in the same order.
 //
 // A thread walks down the rows, keeps all sums of its channels' filters, and the rows of the gradient that meet the row
 // of the input it has loaded: each is loaded once.
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(depthwise_threads, 8) depthwise_weight_gather(
   write_sums(sums, all.lanes, at.block_channel, all.parts + (blockIdx.y * taps + tap) * all.lanes.channels);
 }
 
-// result[channel][tap] = the sum of the parts, [part][tap][channel]; a warp sums 32 channels of a tap, its block's warps
-// every fourth part.
+// result[channel][tap] = the sum of the parts, [part][tap][channel]. A warp sums every fourth part of 32 channels of a
+// tap.
 __global__ void __launch_bounds__(depthwise_threads, 8)
     depthwise_sum_parts(float* result, const float* parts, int64_t count, int taps, int channels) {
   __shared__ float sums[warps_of_a_block][32];
