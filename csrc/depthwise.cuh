@@ -2,8 +2,8 @@
 // effective filters in shared memory.
 //
 // A thread has a few neighbouring channels of a strip of columns, and walks down the rows; one channel, where channels
-// are not innermost in memory or can't be loaded together. Loads stay packed until the row before them has been computed.
-// The dtypes are read at run time, once for a row.
+// are not innermost in memory or can't be loaded together. Loads stay packed until the row before them has been
+// computed. The dtypes are read at run time, once for a row.
 #pragma once
 
 #include "elements.cuh"

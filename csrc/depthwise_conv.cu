@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(depthwise_threads, Shape::blocks) depthwise_sp
   }
 }
 
-// Any filter, stride and dilation: target[t] = bias + sum over r of filter[r] * source[at / spread], at = t * step + r *
-// dilation + first, of the terms whose quotient is whole. A thread computes one element after the other.
+// Any filter, stride and dilation: target[t] = bias + sum over r of filter[r] * source[at / spread], where at is
+// t * step + r * dilation + first, of the terms whose quotient is whole. A thread computes one element after the other.
 __global__ void __launch_bounds__(elementwise_threads, 4) depthwise_gather(const DepthwiseConvolution all) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * elementwise_threads;
   const int channels = all.lanes.channels, rows = all.target.rows, columns = all.target.columns;
