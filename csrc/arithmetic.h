@@ -33,8 +33,11 @@ struct Adam {
   float beta1, beta2, complement1, complement2, eps;
 
   Adam(double beta1, double beta2, double eps)
-      : beta1(static_cast<float>(beta1)), beta2(static_cast<float>(beta2)), complement1(static_cast<float>(1 - beta1)),
-        complement2(static_cast<float>(1 - beta2)), eps(static_cast<float>(eps)) {}
+      : beta1(static_cast<float>(beta1)),
+        beta2(static_cast<float>(beta2)),
+        complement1(static_cast<float>(1 - beta1)),
+        complement2(static_cast<float>(1 - beta2)),
+        eps(static_cast<float>(eps)) {}
 };
 
 // What a step's count makes of the learning rate and of the second moments' roots: the bias corrections.

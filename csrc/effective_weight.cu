@@ -53,8 +53,8 @@ __device__ float factor_at(const Operand& mask, const Operand& noise, int64_t of
 }
 
 __global__ void __launch_bounds__(256, 4)
-arena_effective_weight_kernel(const ArenaLayers layers, ArenaTable table, Operand effective, Operand weight,
-                              Operand mask, Operand noise) {
+    arena_effective_weight_kernel(const ArenaLayers layers, ArenaTable table, Operand effective, Operand weight,
+                                  Operand mask, Operand noise) {
   const int layer = layers.blocks.find();
   const Row row = row_of(table, table.on_device, layers.first_row + layer);
   const int64_t block = blockIdx.x - layers.blocks.first_block[layer];
@@ -101,7 +101,7 @@ __device__ int warps_of_a_sum() { return sum_threads / 32; }
 
 // A thread sums few terms alone; many are summed by a warp.
 __global__ void __launch_bounds__(sum_threads, 4)
-arena_mask_grad_kernel(const ArenaLayers layers, ArenaTable table, Operand grads, Operand grad, Operand weight) {
+    arena_mask_grad_kernel(const ArenaLayers layers, ArenaTable table, Operand grads, Operand grad, Operand weight) {
   const int layer = layers.blocks.find();
   const Row row = row_of(table, table.on_device, layers.first_row + layer);
   const int64_t block = blockIdx.x - layers.blocks.first_block[layer], count = row.mask_length();
@@ -150,8 +150,8 @@ struct EffectiveWeight {
 
 // One sum over the repeated dimensions for each entry of a factor.
 __global__ void __launch_bounds__(sum_threads, 4)
-factor_grad_kernel(Space kept, Space summed, Operand result, Operand grad, Operand weight, Operand inner_grad,
-                   Operand inner_weight) {
+    factor_grad_kernel(Space kept, Space summed, Operand result, Operand grad, Operand weight, Operand inner_grad,
+                       Operand inner_weight) {
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * warps_of_a_sum() + threadIdx.x / 32;
   if (entry >= kept.count) return;
   const int64_t grad_at = offset_of(kept, grad, entry), weight_at = offset_of(kept, weight, entry);

@@ -1,4 +1,5 @@
-// The effective weights of many layers that lie anywhere in memory, and the gradients of their factors: one launch each.
+// The effective weights of many layers that lie anywhere in memory, and the gradients of their factors: one launch
+// each.
 #include "elements.cuh"
 #include "layer_blocks.cuh"
 
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(threads, 4) effective_weights_kernel(const __g
     store(layer.clean, offset_of(layer.space, layer.clean, index), __fmul_rn(__fmul_rn(weight, mask), scale));
     if (layer.perturbed) {
       const float factor = __fadd_rn(mask, value(layer.noise, layer.space, index));
-      store(layer.perturbed, offset_of(layer.space, layer.perturbed, index), __fmul_rn(__fmul_rn(weight, factor), scale));
+      store(layer.perturbed, offset_of(layer.space, layer.perturbed, index),
+            __fmul_rn(__fmul_rn(weight, factor), scale));
     }
   }
 }
@@ -110,8 +112,7 @@ void effective_weights(const std::vector<WeightViews>& weights, cudaStream_t str
     for (size_t i = first; i < std::min(weights.size(), first + most_layers); ++i) {
       const WeightViews& views = weights[i];
       const View scale = along_first(views.scale, views.weight);
-      const Elementwise<6> layer(
-          {&views.clean, &views.perturbed, &views.weight, &views.mask, &views.noise, &scale});
+      const Elementwise<6> layer({&views.clean, &views.perturbed, &views.weight, &views.mask, &views.noise, &scale});
       const auto& [clean, perturbed, weight, mask, noise, scaling] = layer.operands;
       all.layers[all.blocks.layers] = {layer.space, clean, perturbed, weight, mask, noise, scaling};
       all.blocks.add(divide_up(layer.space.count, threads * turns));
@@ -139,9 +140,9 @@ void factor_grads(const std::vector<FactorViews>& factors, cudaStream_t stream) 
       const Elementwise<4> inner({&summed[2], &summed[0], &summed[1], &summed[3]});
       const auto& [weight, grad, other_grad, scaling] = inner.operands;
       const Operand(&outside)[5] = outer.operands;
-      all.sums[all.blocks.layers] = {outer.space, inner.space, outside[0],
-                                     {outside[1], grad}, {outside[2], other_grad}, {outside[3], weight},
-                                     {outside[4], scaling}};
+      all.sums[all.blocks.layers] = {
+          outer.space,          inner.space,          outside[0], {outside[1], grad}, {outside[2], other_grad},
+          {outside[3], weight}, {outside[4], scaling}};
       all.blocks.add(divide_up(outer.space.count, threads / lanes_of(inner.space)));
     }
     launch<factor_grads_kernel>({dim3(all.blocks.blocks()), dim3(threads), stream}, all);

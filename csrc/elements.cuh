@@ -100,9 +100,12 @@ __host__ __device__ inline uint32_t to_bits(double value, DType dtype) {
 // The element at an offset.
 __device__ inline float load(const Operand& operand, int64_t offset) {
   switch (operand.dtype) {
-    case DType::float32: return reinterpret_cast<const float*>(operand.data)[offset];
-    case DType::uint8: return to_float(reinterpret_cast<const uint8_t*>(operand.data)[offset], operand.dtype);
-    default: return to_float(reinterpret_cast<const uint16_t*>(operand.data)[offset], operand.dtype);
+    case DType::float32:
+      return reinterpret_cast<const float*>(operand.data)[offset];
+    case DType::uint8:
+      return to_float(reinterpret_cast<const uint8_t*>(operand.data)[offset], operand.dtype);
+    default:
+      return to_float(reinterpret_cast<const uint16_t*>(operand.data)[offset], operand.dtype);
   }
 }
 
@@ -147,9 +150,14 @@ __device__ Packed<width> fetch(const Operand& operand, const Space& space, int64
   if constexpr (width == 1) {
     const int64_t offset = offset_of(space, operand, index);
     switch (operand.dtype) {
-      case DType::float32: packed.bits = reinterpret_cast<const uint32_t*>(operand.data)[offset]; break;
-      case DType::uint8: packed.bits = reinterpret_cast<const uint8_t*>(operand.data)[offset]; break;
-      default: packed.bits = reinterpret_cast<const uint16_t*>(operand.data)[offset];
+      case DType::float32:
+        packed.bits = reinterpret_cast<const uint32_t*>(operand.data)[offset];
+        break;
+      case DType::uint8:
+        packed.bits = reinterpret_cast<const uint8_t*>(operand.data)[offset];
+        break;
+      default:
+        packed.bits = reinterpret_cast<const uint16_t*>(operand.data)[offset];
     }
   } else {
     const char* at = operand.data + index * bytes_of(operand.dtype);
@@ -253,7 +261,8 @@ struct Elementwise {
       operand.dtype = views[i]->dtype;
       for (int d = 0; d < layout.dimensions; ++d) operand.strides[d] = layout.strides[i][d];
       const int alignment = std::min(16, eight * bytes_of(operand.dtype));
-      flat = flat && (!operand || (operand.strides[0] == 1 && reinterpret_cast<uintptr_t>(operand.data) % alignment == 0));
+      flat =
+          flat && (!operand || (operand.strides[0] == 1 && reinterpret_cast<uintptr_t>(operand.data) % alignment == 0));
     }
   }
 

@@ -174,24 +174,18 @@ void prepare_images(const View& output, const Stored& stored, const View& trigge
   if (entries == 0 || batch == 0) return;
   const Elementwise<2> moved({&image, &pixels});
   const bool flat = moved.flat && entries % eight == 0 && stride % eight == 0;
-  const Preparation preparation = {all.space,
-                                   all.operands[0],
-                                   all.operands[2],
-                                   per_channel(mean),
-                                   per_channel(std),
-                                   {all.operands[1], stride, stored.index, stored.index_stride},
-                                   bounds,
-                                   batch,
-                                   output.sizes[1],
-                                   output.strides[1],
+  const Preparation preparation = {all.space,        all.operands[0],
+                                   all.operands[2],  per_channel(mean),
+                                   per_channel(std), {all.operands[1], stride, stored.index, stored.index_stride},
+                                   bounds,           batch,
+                                   output.sizes[1],  output.strides[1],
                                    all.flat};
   const int64_t threads = (entries + (flat ? eight : 1) - 1) / (flat ? eight : 1);
   const int64_t of_a_block = std::min((threads + 31) / 32 * 32, int64_t{image_threads});
   const int64_t blocks = (threads + of_a_block - 1) / of_a_block;
   const int64_t rows = std::max(int64_t{blocks_of_a_processor} * processors() / blocks, int64_t{1});
   const unsigned images = static_cast<unsigned>(std::min({batch, rows, int64_t{65535}}));
-  const Launch how = {dim3(static_cast<unsigned>(blocks), images),
-                      dim3(static_cast<unsigned>(of_a_block)), stream};
+  const Launch how = {dim3(static_cast<unsigned>(blocks), images), dim3(static_cast<unsigned>(of_a_block)), stream};
   if (flat) {
     launch<prepare<true>>(how, preparation);
   } else {

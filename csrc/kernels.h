@@ -179,4 +179,27 @@ void max_pool_winners(const View& output, const View& winners, const View& input
 void max_pool_winners_backward(const View& result, const View& grad, const View& winners, const Window& window,
                                bool channels_last, cudaStream_t stream);
 
+// A depthwise layer, one output channel per input channel: factors of the weight's shape (channels, 1, rows, columns),
+// with strides of 0 where they are broadcast.
+struct DepthwiseFilter {
+  View weight, mask, noise;
+  int stride[2], padding[2], dilation[2];
+};
+
+// bias + the depthwise convolution of the input with weight * (mask + noise).
+void depthwise_conv(const View& output, const View& input, const DepthwiseFilter& filter, const View& bias,
+                    cudaStream_t stream);
+
+// The gradient of the input of depthwise_conv.
+void depthwise_conv_input_grad(const View& grad_input, const View& grad, const DepthwiseFilter& filter,
+                               cudaStream_t stream);
+
+// How many floats depthwise_conv_weight_grad needs to work in.
+int64_t depthwise_conv_weight_grad_floats(const View& grad, const View& input, const DepthwiseFilter& filter);
+
+// The gradient of the effective weight of depthwise_conv: contiguous float32. Of the filter, the geometry is read, and
+// of the weight the sizes.
+void depthwise_conv_weight_grad(const View& grad_weight, const View& grad, const View& input,
+                                const DepthwiseFilter& filter, float* parts, cudaStream_t stream);
+
 }  // namespace maskops

@@ -12,7 +12,11 @@ struct AdamStep : MaskStep {
 
   AdamStep(const MaskStep& step, const Operand& exp_avg, const Operand& exp_avg_sq, const Adam& adam,
            AdamScales at_hand, const AdamScales* stored)
-      : MaskStep(step), exp_avg(exp_avg), exp_avg_sq(exp_avg_sq), adam(adam), scales_at_hand(at_hand),
+      : MaskStep(step),
+        exp_avg(exp_avg),
+        exp_avg_sq(exp_avg_sq),
+        adam(adam),
+        scales_at_hand(at_hand),
         scales_stored(stored) {}
 
   template <int width>
@@ -80,8 +84,8 @@ __global__ void __launch_bounds__(32) count_and_scale(Number step, Number lr, do
 }
 
 // Every thread takes the partial sums of some blocks, in an order that depends on their number alone.
-__global__ void __launch_bounds__(elementwise_threads) sum_totals(const double* partials, unsigned blocks,
-                                                                  Operand totals) {
+__global__ void __launch_bounds__(elementwise_threads)
+    sum_totals(const double* partials, unsigned blocks, Operand totals) {
   double values[totals_count] = {};
   for (unsigned block = threadIdx.x; block < blocks; block += elementwise_threads) {
 #pragma unroll

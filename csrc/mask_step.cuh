@@ -37,9 +37,16 @@ struct MaskStep {
   int at_lower = 0, at_upper = 0;
 
   MaskStep(const MaskStepArguments& arguments, const Operand (&operands)[5], double* partials)
-      : mask(operands[0]), grad(operands[1]), weight(operands[2]), effective(operands[3]), lower_of_each(operands[4]),
-        lower(arguments.lower), l1(static_cast<float>(arguments.l1)), toward(static_cast<float>(arguments.toward)),
-        upper(static_cast<float>(arguments.upper)), partials(partials) {}
+      : mask(operands[0]),
+        grad(operands[1]),
+        weight(operands[2]),
+        effective(operands[3]),
+        lower_of_each(operands[4]),
+        lower(arguments.lower),
+        l1(static_cast<float>(arguments.l1)),
+        toward(static_cast<float>(arguments.toward)),
+        upper(static_cast<float>(arguments.upper)),
+        partials(partials) {}
 
   __device__ float gradient(float m, float g, float w) const {
     return mask_gradient(m, weight ? g * w : g, l1, toward);

@@ -175,15 +175,13 @@ __device__ void pool_of_thread(const Pool& pool, char* output, uint8_t* winners,
   const int left = pixel.column * window.stride[1] - window.padding[1];
   const int64_t line = pool.columns * pool.inner, plane = pool.rows * line;
   const int64_t out_plane = static_cast<int64_t>(pool.out_rows) * pool.out_columns * pool.inner;
-  const int64_t inner =
-      pixel.within - (static_cast<int64_t>(pixel.row) * pool.out_columns + pixel.column) * pool.inner;
+  const int64_t inner = pixel.within - (static_cast<int64_t>(pixel.row) * pool.out_columns + pixel.column) * pool.inner;
   input += (pixel.plane * plane + inner) * Here::unit_bytes;
   const int some_column = left < 0 ? 0 : left;
   float best[count];
   int winner[count];
   // where all is -inf, the first place inside the image wins
-  const int first =
-      steps_inside(top, window.dilation[0]) * window.kernel[1] + steps_inside(left, window.dilation[1]);
+  const int first = steps_inside(top, window.dilation[0]) * window.kernel[1] + steps_inside(left, window.dilation[1]);
 #pragma unroll
   for (int k = 0; k < count; ++k) {
     best[k] = -INFINITY;
@@ -233,12 +231,17 @@ __device__ void pool_of_thread(const Pool& pool, char* output, uint8_t* winners,
 }
 
 template <bool vectors, int batch>
-__global__ void __launch_bounds__(elementwise_threads) max_pool(const Pool pool, DType dtype, char* output,
-                                                               uint8_t* winners, const char* input) {
+__global__ void __launch_bounds__(elementwise_threads)
+    max_pool(const Pool pool, DType dtype, char* output, uint8_t* winners, const char* input) {
   switch (dtype) {
-    case DType::float32: pool_of_thread<DType::float32, vectors, batch>(pool, output, winners, input); break;
-    case DType::float16: pool_of_thread<DType::float16, vectors, batch>(pool, output, winners, input); break;
-    default: pool_of_thread<DType::bfloat16, vectors, batch>(pool, output, winners, input);
+    case DType::float32:
+      pool_of_thread<DType::float32, vectors, batch>(pool, output, winners, input);
+      break;
+    case DType::float16:
+      pool_of_thread<DType::float16, vectors, batch>(pool, output, winners, input);
+      break;
+    default:
+      pool_of_thread<DType::bfloat16, vectors, batch>(pool, output, winners, input);
   }
 }
 
@@ -308,12 +311,17 @@ __device__ void pool_gradient_of_thread(const Pool& pool, char* result, const ch
 }
 
 template <bool vectors>
-__global__ void __launch_bounds__(elementwise_threads) max_pool_gradient(const Pool pool, DType dtype, char* result,
-                                                                        const char* grad, const uint8_t* winners) {
+__global__ void __launch_bounds__(elementwise_threads)
+    max_pool_gradient(const Pool pool, DType dtype, char* result, const char* grad, const uint8_t* winners) {
   switch (dtype) {
-    case DType::float32: pool_gradient_of_thread<DType::float32, vectors>(pool, result, grad, winners); break;
-    case DType::float16: pool_gradient_of_thread<DType::float16, vectors>(pool, result, grad, winners); break;
-    default: pool_gradient_of_thread<DType::bfloat16, vectors>(pool, result, grad, winners);
+    case DType::float32:
+      pool_gradient_of_thread<DType::float32, vectors>(pool, result, grad, winners);
+      break;
+    case DType::float16:
+      pool_gradient_of_thread<DType::float16, vectors>(pool, result, grad, winners);
+      break;
+    default:
+      pool_gradient_of_thread<DType::bfloat16, vectors>(pool, result, grad, winners);
   }
 }
 
@@ -327,8 +335,7 @@ struct Plan {
     const int64_t images = channel > 0 ? image.sizes[0] : 1, channels = image.sizes[channel];
     const int width = 16 / bytes_of(image.dtype);
     const auto is_aligned = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data) % 16 == 0; };
-    vectors = channels_last && channels % width == 0 && is_aligned(image) && is_aligned(pooled) &&
-              is_aligned(winners);
+    vectors = channels_last && channels % width == 0 && is_aligned(image) && is_aligned(pooled) && is_aligned(winners);
     pool.window = window;
     pool.rows = static_cast<int>(image.sizes[channel + 1]);
     pool.columns = static_cast<int>(image.sizes[channel + 2]);

@@ -87,8 +87,8 @@ struct Factors {
   __device__ static void read_vectors(float (&values)[width], const float* from, int channel, float without) {
 #pragma unroll
     for (int k = 0; k < width; k += 4) {
-      const float4 four = from ? *reinterpret_cast<const float4*>(from + channel + k)
-                               : float4{without, without, without, without};
+      const float4 four =
+          from ? *reinterpret_cast<const float4*>(from + channel + k) : float4{without, without, without, without};
       values[k] = four.x;
       values[k + 1] = four.y;
       values[k + 2] = four.z;
@@ -209,9 +209,14 @@ __device__ void relu_of_vectors(const Relu& work) {
 template <bool affine>
 __global__ void __launch_bounds__(most_threads, affine ? 2 : 4) relu_vectors(const Relu work) {
   switch (work.input.dtype) {
-    case DType::float32: relu_of_vectors<DType::float32, affine>(work); break;
-    case DType::float16: relu_of_vectors<DType::float16, affine>(work); break;
-    default: relu_of_vectors<DType::bfloat16, affine>(work);
+    case DType::float32:
+      relu_of_vectors<DType::float32, affine>(work);
+      break;
+    case DType::float16:
+      relu_of_vectors<DType::float16, affine>(work);
+      break;
+    default:
+      relu_of_vectors<DType::bfloat16, affine>(work);
   }
   // what is left after the last four vectors is at most one element for each lane
   const int64_t rest = work.count & -int64_t{work.input.dtype == DType::float32 ? 16 : 32};
@@ -234,8 +239,8 @@ __device__ void pass_element(void* result, const void* grad, const uint8_t* bits
 }
 
 // is_wide: elements of four bytes, else of two
-__global__ void __launch_bounds__(elementwise_threads) pass_vectors(uint4* result, const uint4* grad,
-                                                                    const uint8_t* bits, bool is_wide, int64_t count) {
+__global__ void __launch_bounds__(elementwise_threads)
+    pass_vectors(uint4* result, const uint4* grad, const uint8_t* bits, bool is_wide, int64_t count) {
   const int64_t whole = is_wide ? count / 4 : count / 8;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows * elementwise_threads + threadIdx.x;
   uint4 loaded[rows] = {};
@@ -257,7 +262,7 @@ __global__ void __launch_bounds__(elementwise_threads) pass_vectors(uint4* resul
     for (int k = 0; k < 4; ++k) {
       // a word is one element or two
       const uint32_t low = pieces[r] >> 2 * k & 1, high = pieces[r] >> (2 * k + 1) & 1;
-      words[k] &= is_wide ? 0u - (pieces[r] >> k & 1) : (0u - low & 0xffff) | (0u - high) << 16;
+      words[k] &= is_wide ? 0u - (pieces[r] >> k & 1) : ((0u - low) & 0xffff) | (0u - high) << 16;
     }
     if (at < whole) result[at] = {words[0], words[1], words[2], words[3]};
   }
@@ -265,8 +270,8 @@ __global__ void __launch_bounds__(elementwise_threads) pass_vectors(uint4* resul
   if (index < count) pass_element(result, grad, bits, is_wide, index);
 }
 
-__global__ void __launch_bounds__(elementwise_threads) pass_elements(void* result, const void* grad,
-                                                                     const uint8_t* bits, bool is_wide, int64_t count) {
+__global__ void __launch_bounds__(elementwise_threads)
+    pass_elements(void* result, const void* grad, const uint8_t* bits, bool is_wide, int64_t count) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x;
   if (index < count) pass_element(result, grad, bits, is_wide, index);
 }

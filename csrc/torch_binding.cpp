@@ -1,199 +1,18 @@
-// The ops as torch sees them, over its stable ABI: tensors become views, outputs are allocated, kernels are launched on
-// the current stream of the tensors' device. Python has checked shapes and dtypes.
-#include <algorithm>
+// The ops as torch sees them: outputs are allocated, kernels are launched on the current stream of the tensors' device.
+// Python has checked shapes and dtypes.
 #include <cmath>
-#include <numeric>
-#include <optional>
+#include <string>
 #include <tuple>
-#include <vector>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "kernels.h"
-
-// Weak, so that the module loads where torch has no CUDA, and this is never called.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "torch_tensors.h"
 
 namespace {
 
-using maskops::View;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-maskops::DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return maskops::DType::float32;
-    case ScalarType::Half: return maskops::DType::float16;
-    case ScalarType::BFloat16: return maskops::DType::bfloat16;
-    case ScalarType::Byte: return maskops::DType::uint8;
-    default: STD_TORCH_CHECK(false, "expected float32, float16, bfloat16 or uint8"); return maskops::DType::float32;
-  }
-}
-
-View view(const Tensor& tensor) {
-  View result;
-  // a tensor of no elements has no memory, but it isn't missing
-  static char nothing[16];
-  result.data = tensor.numel() == 0 ? nothing : tensor.data_ptr();
-  result.dtype = dtype_of(tensor.scalar_type());
-  result.dimensions = static_cast<int>(tensor.dim());
-  STD_TORCH_CHECK(result.dimensions <= maskops::most_dimensions, "expected at most ", maskops::most_dimensions,
-                  " dimensions; got ", result.dimensions);
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (int d = 0; d < result.dimensions; ++d) {
-    result.sizes[d] = sizes[d];
-    result.strides[d] = strides[d];
-  }
-  return result;
-}
-
-View view(const OptionalTensor& tensor) { return tensor ? view(*tensor) : View(); }
-
-maskops::Number::Type number_type_of(const Tensor& tensor) {
-  using Number = maskops::Number;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return Number::float64;
-    case ScalarType::Float: return Number::float32;
-    case ScalarType::Half: return Number::float16;
-    case ScalarType::BFloat16: return Number::bfloat16;
-    case ScalarType::Long: return Number::int64;
-    case ScalarType::Int: return Number::int32;
-    case ScalarType::Short: return Number::int16;
-    case ScalarType::Char: return Number::int8;
-    case ScalarType::Byte:
-    case ScalarType::Bool: return Number::uint8;
-    default: STD_TORCH_CHECK(false, "expected a real number"); return Number::float64;
-  }
-}
-
-// A tensor of one entry.
-maskops::Number number(const Tensor& tensor) {
-#ifdef CUDA_EMULATOR
-  const bool on_host = !emulator::is_device_memory(tensor.data_ptr());
-#else
-  const bool on_host = tensor.is_cpu();
-#endif
-  return {tensor.data_ptr(), number_type_of(tensor), on_host};
-}
-
-// Unwritten memory on the device of a tensor.
-Tensor empty(const Tensor& like, ScalarType type, int dimensions, const int64_t* sizes, const int64_t* strides) {
-  int32_t device_type, device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device));
-  AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dimensions, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-      device, &result));
-  return Tensor(result);
-}
-
-// Bytes for a kernel; none where it needs none.
-OptionalTensor workspace(const Tensor& like, int64_t bytes) {
-  const int64_t stride = 1;
-  return bytes > 0 ? OptionalTensor(empty(like, ScalarType::Byte, 1, &bytes, &stride)) : std::nullopt;
-}
-
-void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
-// The strides of a dense batch, whose images have the order of memory that those of another have.
-void like_images(const Tensor& other, const int64_t* sizes, int64_t* strides) {
-  int order[] = {1, 2, 3};
-  // to torch, a tensor of no elements is contiguous as it is
-  if (std::find(sizes, sizes + 4, 0) == sizes + 4) {
-    std::stable_sort(order, order + 3, [&](int a, int b) { return other.stride(a) > other.stride(b); });
-  }
-  int64_t stride = 1;
-  for (int i = 2; i >= 0; --i) {
-    strides[order[i]] = stride;
-    stride *= std::max(sizes[order[i]], int64_t{1});
-  }
-  strides[0] = stride;
-}
-
-OptionalTensor as_floats(const OptionalTensor& tensor) {
-  if (!tensor) return tensor;
-  return torch::stable::contiguous(torch::stable::to(*tensor, ScalarType::Float));
-}
-
-// Four dimensions without gaps, the channels innermost, then columns, rows and images.
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4) return false;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (sizes[d] != 1 && strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
-// Torch's guess at the layout that strides are meant for, with gaps, too; not so where sizes of 1 leave it open.
-bool suggests_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4 || tensor.strides()[1] == 0) return false;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t least = 0;
-  for (const int d : {1, 3, 2, 0}) {
-    if (sizes[d] == 0 || strides[d] < least || (d == 0 && least == strides[1])) return false;
-    least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
-  }
-  return true;
-}
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
-// The device of a tensor made the current one, and its current stream.
-class Device {
- public:
-  explicit Device(const Tensor& tensor) {
-    if (!tensor.is_cuda()) return;
-    guard_.emplace(tensor.get_device_index());
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-  cudaStream_t stream_ = nullptr;
-};
-
-// Unwritten memory in the memory order of another tensor, without gaps.
-Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  const int dimensions = static_cast<int>(tensor.dim());
-  std::vector<int> order(dimensions);
-  std::iota(order.begin(), order.end(), 0);
-  // from the innermost to the outermost dimension; of two alike, the last one is the inner one
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return strides[a] != strides[b] ? strides[a] < strides[b] : a > b;
-  });
-  std::vector<int64_t> dense(dimensions);
-  int64_t step = 1;
-  bool has_gaps = false;
-  for (int d : order) {
-    dense[d] = step;
-    has_gaps = has_gaps || (sizes[d] != 1 && strides[d] != step);
-    step *= sizes[d];
-  }
-  if (!has_gaps) dense.assign(strides.begin(), strides.end());
-  return empty(tensor, dtype, dimensions, sizes.data(), dense.data());
-}
-
 Tensor effective_weight(const Tensor& weight, const Tensor& mask, const OptionalTensor& noise, ScalarType dtype) {
-  if (dtype == ScalarType::Double) return torch::stable::to(effective_weight(weight, mask, noise, ScalarType::Float), dtype);
+  if (dtype == ScalarType::Double)
+    return torch::stable::to(effective_weight(weight, mask, noise, ScalarType::Float), dtype);
   const Device device(weight);
   Tensor effective = empty_like(weight, dtype);
   maskops::effective_weight(view(effective), view(weight), view(mask), view(noise), device.stream());
@@ -285,8 +104,8 @@ struct MaskStep {
 
   MaskStep(const Tensor& mask, const Tensor& grad, const OptionalTensor& weight, const OptionalTensor& effective,
            double l1, double toward, const Tensor& lower, double upper, const OptionalTensor& totals)
-      : arguments{view(mask), view(grad), view(weight), view(effective), l1, toward, {}, {}, upper, view(totals),
-                  nullptr} {
+      : arguments{view(mask), view(grad), view(weight), view(effective), l1,     toward,
+                  {},         {},         upper,        view(totals),    nullptr} {
     if (lower.numel() == 1) {
       arguments.lower = number(lower);
     } else {
@@ -411,8 +230,7 @@ void trigger_step_(Tensor trigger, const Tensor& grad, double step_size, std::op
                    std::optional<double> low, std::optional<double> high) {
   const Device device(trigger);
   const double ball = radius.value_or(INFINITY);
-  const OptionalTensor space =
-      workspace(grad, maskops::trigger_step_workspace(grad.size(0), trigger.numel(), ball));
+  const OptionalTensor space = workspace(grad, maskops::trigger_step_workspace(grad.size(0), trigger.numel(), ball));
   maskops::trigger_step(view(trigger), view(grad), data_of(space), static_cast<float>(step_size), ball,
                         bounds(low, high), device.stream());
 }
@@ -517,79 +335,125 @@ Tensor max_pool_winners_backward(const Tensor& grad, const Tensor& winners, Size
   return result;
 }
 
+maskops::DepthwiseFilter depthwise_filter(const Tensor& weight, const OptionalTensor& mask, const OptionalTensor& noise,
+                                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                          const std::vector<int64_t>& dilation) {
+  maskops::DepthwiseFilter filter = {view(weight), view(mask), view(noise), {}, {}, {}};
+  for (int d = 0; d < 2; ++d) {
+    filter.stride[d] = static_cast<int>(stride[d]);
+    filter.padding[d] = static_cast<int>(padding[d]);
+    filter.dilation[d] = static_cast<int>(dilation[d]);
+  }
+  return filter;
+}
+
+void depthwise_conv_(Tensor output, const Tensor& input, const Tensor& weight, const Tensor& mask,
+                     const OptionalTensor& noise, const OptionalTensor& bias, std::vector<int64_t> stride,
+                     std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const Device device(output);
+  maskops::depthwise_conv(view(output), view(input), depthwise_filter(weight, mask, noise, stride, padding, dilation),
+                          view(bias), device.stream());
+}
+
+void depthwise_conv_input_grad_(Tensor grad_input, const Tensor& grad, const Tensor& weight, const Tensor& mask,
+                                const OptionalTensor& noise, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                std::vector<int64_t> dilation) {
+  const Device device(grad_input);
+  maskops::depthwise_conv_input_grad(view(grad_input), view(grad),
+                                     depthwise_filter(weight, mask, noise, stride, padding, dilation), device.stream());
+}
+
+void depthwise_conv_weight_grad_(Tensor grad_weight, const Tensor& grad, const Tensor& input,
+                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                 std::vector<int64_t> dilation) {
+  const Device device(grad_weight);
+  const auto filter = depthwise_filter(grad_weight, std::nullopt, std::nullopt, stride, padding, dilation);
+  const int64_t floats = maskops::depthwise_conv_weight_grad_floats(view(grad), view(input), filter);
+  const Tensor parts = torch::stable::new_empty(grad_weight, {floats}, ScalarType::Float);
+  maskops::depthwise_conv_weight_grad(view(grad_weight), view(grad), view(input), filter,
+                                      static_cast<float*>(parts.data_ptr()), device.stream());
+}
+
+struct Op {
+  const char* schema;
+  void (*call)(StableIValue*, uint64_t, uint64_t);
+};
+
+const Op all_ops[] = {
+    {"effective_weight(Tensor weight, Tensor mask, Tensor? noise, ScalarType dtype) -> Tensor",
+     TORCH_BOX(&effective_weight)},
+    {"effective_weight_backward(Tensor grad, Tensor weight, Tensor mask, Tensor? noise, bool[3] needs) -> "
+     "Tensor[]",
+     TORCH_BOX(&effective_weight_backward)},
+    {"effective_weights(Tensor[] weights, Tensor[] masks, Tensor[] noises, Tensor[] scales, ScalarType dtype) "
+     "-> Tensor[]",
+     TORCH_BOX(&effective_weights)},
+    {"effective_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] masks, Tensor[] noises, Tensor[] "
+     "scales) -> Tensor[]",
+     TORCH_BOX(&effective_weights_backward)},
+    {"arena_effective_weight_(Tensor(a!) effective, Tensor weight, Tensor mask, Tensor? noise, Tensor table, "
+     "int[] layers) -> ()",
+     TORCH_BOX(&arena_effective_weight_)},
+    {"arena_mask_grad(Tensor grad, Tensor weight, Tensor mask, Tensor table, int[] layers) -> Tensor",
+     TORCH_BOX(&arena_mask_grad)},
+    {"mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) "
+     "exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float "
+     "l1, float toward, Tensor lower, float upper, Tensor(f!)? totals=None) -> ()",
+     TORCH_BOX(&mask_adam_step_)},
+    {"mask_adam8bit_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) "
+     "exp_avg, Tensor(d!) exp_avg_scale, Tensor(e!) exp_avg_sq, Tensor(f!) exp_avg_sq_scale, Tensor(g!) step, "
+     "Tensor lr, float beta1, float beta2, float eps, float l1, float toward, Tensor lower, float upper, "
+     "Tensor(h!)? totals=None) -> ()",
+     TORCH_BOX(&mask_adam8bit_step_)},
+    {"mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!)? "
+     "momentum_buffer, Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper, "
+     "Tensor(d!)? totals=None) -> ()",
+     TORCH_BOX(&mask_sgd_step_)},
+    {"rescale_to_l1_ball(Tensor input, float radius) -> Tensor", TORCH_BOX(&rescale_to_l1_ball)},
+    {"project_onto_l1_ball(Tensor input, float radius) -> Tensor", TORCH_BOX(&project_onto_l1_ball)},
+    {"noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()",
+     TORCH_BOX(&noise_step_)},
+    {"prepare_images(Tensor images, Tensor? index, Tensor? trigger, float? low, float? high, Tensor? mean, "
+     "Tensor? std, ScalarType dtype) -> Tensor",
+     TORCH_BOX(&prepare_images)},
+    {"prepare_images_backward(Tensor grad, Tensor? images, Tensor? index, Tensor trigger, float? low, float? "
+     "high, Tensor? std) -> Tensor",
+     TORCH_BOX(&prepare_images_backward)},
+    {"trigger_step_(Tensor(a!) trigger, Tensor grad, float step_size, float? radius, float? low, float? high) "
+     "-> ()",
+     TORCH_BOX(&trigger_step_)},
+    {"relu_bits(Tensor input, float upper) -> (Tensor, Tensor)", TORCH_BOX(&relu_bits)},
+    {"relu_bits_(Tensor(a!) input, float upper) -> Tensor", TORCH_BOX(&relu_bits_)},
+    {"affine_relu_bits_(Tensor(a!) input, Tensor? scale, Tensor? shift, Tensor? residual, float upper) -> "
+     "Tensor",
+     TORCH_BOX(&affine_relu_bits_)},
+    {"relu_bits_backward(Tensor grad, Tensor bits) -> Tensor", TORCH_BOX(&relu_bits_backward)},
+    {"max_pool_winners(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] "
+     "dilation, bool ceil_mode) -> (Tensor, Tensor)",
+     TORCH_BOX(&max_pool_winners)},
+    {"max_pool_winners_backward(Tensor grad, Tensor winners, SymInt[] input_size, SymInt[2] kernel_size, "
+     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> Tensor",
+     TORCH_BOX(&max_pool_winners_backward)},
+    {"depthwise_conv_(Tensor(a!) output, Tensor input, Tensor weight, Tensor mask, Tensor? noise, Tensor? bias, int[2] "
+     "stride, int[2] padding, int[2] dilation) -> ()",
+     TORCH_BOX(&depthwise_conv_)},
+    {"depthwise_conv_input_grad_(Tensor(a!) grad_input, Tensor grad, Tensor weight, Tensor mask, Tensor? "
+     "noise, int[2] stride, int[2] padding, int[2] dilation) -> ()",
+     TORCH_BOX(&depthwise_conv_input_grad_)},
+    {"depthwise_conv_weight_grad_(Tensor(a!) grad_weight, Tensor grad, Tensor input, int[2] stride, int[2] "
+     "padding, int[2] dilation) -> ()",
+     TORCH_BOX(&depthwise_conv_weight_grad_)},
+};
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(maskops_cuda, library) {
-  library.def("effective_weight(Tensor weight, Tensor mask, Tensor? noise, ScalarType dtype) -> Tensor");
-  library.def(
-      "effective_weight_backward(Tensor grad, Tensor weight, Tensor mask, Tensor? noise, bool[3] needs) -> Tensor[]");
-  library.def(
-      "effective_weights(Tensor[] weights, Tensor[] masks, Tensor[] noises, Tensor[] scales, ScalarType dtype) -> "
-      "Tensor[]");
-  library.def(
-      "effective_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] masks, Tensor[] noises, Tensor[] scales) "
-      "-> Tensor[]");
-  library.def(
-      "arena_effective_weight_(Tensor(a!) effective, Tensor weight, Tensor mask, Tensor? noise, Tensor table, "
-      "int[] layers) -> ()");
-  library.def("arena_mask_grad(Tensor grad, Tensor weight, Tensor mask, Tensor table, int[] layers) -> Tensor");
-  library.def(
-      "mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
-      "Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float l1, float toward, "
-      "Tensor lower, float upper, Tensor(f!)? totals=None) -> ()");
-  library.def(
-      "mask_adam8bit_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
-      "Tensor(d!) exp_avg_scale, Tensor(e!) exp_avg_sq, Tensor(f!) exp_avg_sq_scale, Tensor(g!) step, Tensor lr, "
-      "float beta1, float beta2, float eps, float l1, float toward, Tensor lower, float upper, "
-      "Tensor(h!)? totals=None) -> ()");
-  library.def(
-      "mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, "
-      "Tensor(c!)? momentum_buffer, Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper, "
-      "Tensor(d!)? totals=None) -> ()");
-  library.def("rescale_to_l1_ball(Tensor input, float radius) -> Tensor");
-  library.def("project_onto_l1_ball(Tensor input, float radius) -> Tensor");
-  library.def("noise_step_(Tensor(a!) noise, Tensor grad, Tensor? weight, float step_size, float bound) -> ()");
-  library.def(
-      "prepare_images(Tensor images, Tensor? index, Tensor? trigger, float? low, float? high, Tensor? mean, "
-      "Tensor? std, ScalarType dtype) -> Tensor");
-  library.def(
-      "prepare_images_backward(Tensor grad, Tensor? images, Tensor? index, Tensor trigger, float? low, float? high, "
-      "Tensor? std) -> Tensor");
-  library.def(
-      "trigger_step_(Tensor(a!) trigger, Tensor grad, float step_size, float? radius, float? low, float? high) -> ()");
-  library.def("relu_bits(Tensor input, float upper) -> (Tensor, Tensor)");
-  library.def("relu_bits_(Tensor(a!) input, float upper) -> Tensor");
-  library.def(
-      "affine_relu_bits_(Tensor(a!) input, Tensor? scale, Tensor? shift, Tensor? residual, float upper) -> Tensor");
-  library.def("relu_bits_backward(Tensor grad, Tensor bits) -> Tensor");
-  library.def(
-      "max_pool_winners(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-      "bool ceil_mode) -> (Tensor, Tensor)");
-  library.def(
-      "max_pool_winners_backward(Tensor grad, Tensor winners, SymInt[] input_size, SymInt[2] kernel_size, "
-      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> Tensor");
+  for (const Op& op : all_ops) library.def(op.schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maskops_cuda, MASKOPS_DISPATCH_KEY, library) {
-  library.impl("effective_weight", TORCH_BOX(&effective_weight));
-  library.impl("effective_weight_backward", TORCH_BOX(&effective_weight_backward));
-  library.impl("effective_weights", TORCH_BOX(&effective_weights));
-  library.impl("effective_weights_backward", TORCH_BOX(&effective_weights_backward));
-  library.impl("arena_effective_weight_", TORCH_BOX(&arena_effective_weight_));
-  library.impl("arena_mask_grad", TORCH_BOX(&arena_mask_grad));
-  library.impl("mask_adam_step_", TORCH_BOX(&mask_adam_step_));
-  library.impl("mask_adam8bit_step_", TORCH_BOX(&mask_adam8bit_step_));
-  library.impl("mask_sgd_step_", TORCH_BOX(&mask_sgd_step_));
-  library.impl("rescale_to_l1_ball", TORCH_BOX(&rescale_to_l1_ball));
-  library.impl("project_onto_l1_ball", TORCH_BOX(&project_onto_l1_ball));
-  library.impl("noise_step_", TORCH_BOX(&noise_step_));
-  library.impl("prepare_images", TORCH_BOX(&prepare_images));
-  library.impl("prepare_images_backward", TORCH_BOX(&prepare_images_backward));
-  library.impl("trigger_step_", TORCH_BOX(&trigger_step_));
-  library.impl("relu_bits", TORCH_BOX(&relu_bits));
-  library.impl("relu_bits_", TORCH_BOX(&relu_bits_));
-  library.impl("affine_relu_bits_", TORCH_BOX(&affine_relu_bits_));
-  library.impl("relu_bits_backward", TORCH_BOX(&relu_bits_backward));
-  library.impl("max_pool_winners", TORCH_BOX(&max_pool_winners));
-  library.impl("max_pool_winners_backward", TORCH_BOX(&max_pool_winners_backward));
+  for (const Op& op : all_ops) {
+    const std::string schema = op.schema;
+    library.impl(schema.substr(0, schema.find('(')).c_str(), op.call);
+  }
 }

@@ -27,9 +27,7 @@ struct Ball {
   Bounds bounds;
 };
 
-__device__ float ascend(const Ascent& ascent, float value, float total) {
-  return fmaf(ascent.step_size, total, value);
-}
+__device__ float ascend(const Ascent& ascent, float value, float total) { return fmaf(ascent.step_size, total, value); }
 
 __device__ float load(const Operand& operand, const Space& space, int64_t index) {
   return to_float(fetch<1>(operand, space, index).bits, operand.dtype);

@@ -1,8 +1,8 @@
 // CUDA kernels on the CPU, for tests: this folder stands before CUDA's own headers in the include path.
 //
 // The threads of a block are fibers, which run in turns from one barrier to the next; the blocks run one after the
-// other, those of a cluster or of a cooperative launch together. With CUDA_EMULATOR_REVERSED=1 threads and blocks run in
-// the opposite order: a missing barrier then gives another result. A __shared__ variable is a static one, so kernels
+// other, those of a cluster or of a cooperative launch together. With CUDA_EMULATOR_REVERSED=1 threads and blocks run
+// in the opposite order: a missing barrier then gives another result. A __shared__ variable is a static one, so kernels
 // whose blocks run together take their shared memory from the launch. All memory is the host's but for tensors of one
 // number whose address, or "all", stands in CUDA_EMULATOR_DEVICE_MEMORY: those are left to the kernels to read.
 #pragma once

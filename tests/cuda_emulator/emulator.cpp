@@ -128,9 +128,7 @@ void wait_for(Barrier& barrier, unsigned threads) {
 
 void wait_for_block() { wait_for(self().block->barrier, self().block->threads); }
 
-void wait_for_cluster() {
-  wait_for(cluster_barrier, static_cast<unsigned>(together.size()) * self().block->threads);
-}
+void wait_for_cluster() { wait_for(cluster_barrier, static_cast<unsigned>(together.size()) * self().block->threads); }
 
 char* dynamic_shared() { return reinterpret_cast<char*>(self().block->shared.data()); }
 unsigned cluster_rank() { return self().block->rank; }
@@ -185,11 +183,20 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = emulator::processors; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = std::getenv("CUDA_EMULATOR_SM80") ? 8 : 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_bytes; break;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulator::processors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = std::getenv("CUDA_EMULATOR_SM80") ? 8 : 9;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulator::shared_bytes;
+      break;
+    default:
+      return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }

@@ -171,7 +171,7 @@ def dual_masked_conv_backward(
         layer = (weight, mask, noise, input_size, *geometry, needs)
         return masked_conv_backward(grad, input, *layer, weighting=weighting)
 
-    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
+    return dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
 
 
 def dual_masked_linear(input, perturbed_input, weight, mask, noise, bias, *, weighting=_PLAIN) -> tuple[Tensor, Tensor]:
@@ -200,10 +200,11 @@ def dual_masked_linear_backward(
     def branch(grad, input, noise, needs):
         return masked_linear_backward(grad, input, weight, mask, noise, input_size, needs, weighting=weighting)
 
-    return _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
+    return dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
 
 
-def _dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs) -> list[Tensor]:
+def dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs) -> list[Tensor]:
+    """The gradients of both branches, added: ``branch(grad, input, noise, needs)`` gives those of one."""
     order = ("input", "perturbed_input", "weight", "mask", "noise", "bias")
     need = dict(zip(order, needs, strict=True))
     totals: dict[str, Tensor] = {}

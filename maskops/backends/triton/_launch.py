@@ -1,4 +1,4 @@
-"""How every kernel is launched, and what every launch needs: outputs laid out as the reference's, and block sizes."""
+"""How every kernel is launched, and the sizes that every launch counts in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from maskops.backends import reference
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether TRITON_INTERPRET=1 was set when the kernels were defined: they then run on CPU tensors, in numpy."""
@@ -30,38 +27,6 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
     """The one place where a kernel starts."""
     kernel[grid](*arguments, **options)
-
-
-def outputs(op: str, *arguments: Any) -> list[Tensor]:
-    """Unwritten tensors of the sizes, strides and dtypes that the reference would return for these arguments."""
-    key = tuple(
-        (argument.shape, argument.stride(), argument.dtype, argument.device)
-        if isinstance(argument, Tensor)
-        else tuple(argument)
-        if isinstance(argument, (list, tuple))
-        else argument
-        for argument in arguments
-    )
-    return [
-        torch.empty_strided(size, stride, dtype=dtype, device=device)
-        for size, stride, dtype, device in _describe(op, key)
-    ]
-
-
-@lru_cache(maxsize=4096)
-def _describe(op: str, key: tuple) -> tuple[tuple, ...]:
-    # on the CPU, fake convolutions of grouped channels_last weights have other strides than real ones
-    with nullcontext() if INTERPRETED else FakeTensorMode():
-        arguments = [
-            torch.empty_strided(*item[:2], dtype=item[2], device=item[3]) if _is_tensor(item) else item for item in key
-        ]
-        results = getattr(reference, op)(*arguments)
-    results = (results,) if isinstance(results, Tensor) else results
-    return tuple((tuple(t.shape), tuple(t.stride()), t.dtype, t.device) for t in results)
-
-
-def _is_tensor(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 4 and isinstance(item[2], torch.dtype)
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskops.backends.triton._launch import cdiv, collapse, outputs, power_of_two, run
+from maskops.backends._outputs import outputs
+from maskops.backends.triton._launch import cdiv, collapse, power_of_two, run
 from maskops.backends.triton.weights import place
 
 _BLOCK = 1024

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskops.backends.triton._launch import outputs, power_of_two, run
+from maskops.backends._outputs import outputs
+from maskops.backends.triton._launch import power_of_two, run
 
 _LONGEST_HELD = 16384
 """The longest row whose magnitudes a program holds; a longer one it reads in every pass, block after block."""

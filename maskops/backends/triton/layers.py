@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from maskops.backends._outputs import outputs
 from maskops.backends.triton import dense, depthwise, sign_bits
-from maskops.backends.triton._launch import outputs
 from maskops.backends.triton.layer_views import Op, convolution_op, linear_op, steps
 from maskops.backends.triton.ways import either_way
 from maskops.backends.triton.weights import write_factor_grads

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskops.backends._outputs import outputs
 from maskops.backends.triton import layers
-from maskops.backends.triton._launch import cdiv, outputs, run
+from maskops.backends.triton._launch import cdiv, run
 from maskops.backends.triton._many_kernels import many_forward, many_input_grad
 from maskops.backends.triton.blocks import Blocks, blocks, has_wgmma, kind_of_product, occupy, registers
 from maskops.backends.triton.dense import start_best

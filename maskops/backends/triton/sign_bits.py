@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskops.backends.triton._launch import cdiv, outputs, run
+from maskops.backends._outputs import outputs
+from maskops.backends.triton._launch import cdiv, run
 
 _BLOCK = 2048
 

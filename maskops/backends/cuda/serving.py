@@ -1,0 +1,56 @@
+"""What the CUDA backend serves, and what it leaves to others."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from maskops.backends.cuda._module import EMULATED
+
+_MOST_DIMENSIONS = 5
+
+
+def why_not(op: str, *tensors: Tensor) -> str | None:
+    """What the kernels can't compute: float64, tensors that aren't on a CUDA device, more than five dimensions."""
+    for tensor in tensors:
+        if tensor.dim() == 0 and op.startswith("mask_") and tensor is not tensors[0]:
+            continue  # the learning rate, the step count or a bound, of any dtype, and maybe on the CPU
+        if op in ("mask_adam_step_", "mask_sgd_step_") and not tensor.dtype.is_floating_point:
+            return f"its mask steps take floating dtypes, not {tensor.dtype}"
+        if tensor.dtype == torch.float64:
+            return "CUDA kernels compute in float32"
+        if tensor.dim() > _MOST_DIMENSIONS:
+            return f"its kernels take at most {_MOST_DIMENSIONS} dimensions"
+        if tensor.device.type != "cuda" and not (EMULATED and tensor.device.type == "cpu"):
+            return f"the tensors are on {tensor.device.type}"
+        if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return "it needs compute capability 8.0"
+    return None
+
+
+def unless_asked(op: str, *tensors: Tensor) -> str | None:
+    """The emulator serves tests alone; dense layers are left to Triton's backend where that can serve."""
+    if EMULATED:
+        return "the CUDA emulator is for tests"
+    is_layer = op.startswith(("masked_", "dual_masked_")) and not (tensors and _may_be_depthwise(*tensors))
+    if is_layer and _triton() is not None and _triton().why_not(op, *tensors) is None:
+        return "Triton's backend chooses between fused and materialised"
+    return None
+
+
+def _may_be_depthwise(activation: Tensor, *others: Tensor) -> bool:
+    """Whether there is a weight of one filter per channel. Masks look like that only where they have one pixel."""
+    shapes = (other.shape for other in others if other.dim() == activation.dim() == 4)
+    return any(shape[:2] == (activation.shape[1], 1) and shape[2:] != (1, 1) for shape in shapes)
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from maskops.backends import triton
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        return None
+    return triton
