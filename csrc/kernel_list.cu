@@ -1,4 +1,6 @@
 // The list of all kernels, and what the driver says of each.
+#include <regex>
+
 #include "launch.cuh"
 
 namespace maskops {
@@ -14,14 +16,12 @@ std::vector<Entry>& entries() {
   return list;
 }
 
-// "noise_kernel" of "int maskops::enlist_kernel() [with auto kernel = maskops::{anonymous}::noise_kernel]"
+// "relu_kernel<true>" of "int maskops::enlist_kernel() [with auto kernel = maskops::{anonymous}::relu_kernel<true>]":
+// no namespaces, by whatever words the compiler says that one has no name.
 std::string name_of(const std::string& signature) {
-  const size_t begin = signature.find("kernel = ") + 9, end = signature.rfind(']');
-  std::string name = signature.substr(begin, end - begin);
-  for (const char* prefix : {"&", "maskops::", "{anonymous}::", "<unnamed>::", "(anonymous namespace)::"}) {
-    for (size_t at; (at = name.find(prefix)) != std::string::npos;) name.erase(at, std::string(prefix).size());
-  }
-  return name;
+  const size_t begin = signature.find("kernel = ") + 9;
+  const std::string name = signature.substr(begin, signature.rfind(']') - begin);
+  return std::regex_replace(name, std::regex(R"(&|(\w+|\{anonymous\}|<unnamed>|\(anonymous namespace\))::)"), "");
 }
 
 }  // namespace

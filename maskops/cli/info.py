@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from maskops import report
-from maskops._dispatch import BACKENDS, OPS, why_not
+from maskops._dispatch import BACKENDS, OPS, _load, why_not
 from maskops.cli.options import best_device
 
 
@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name:<9} {version}")
     print(f"{'triton':<9} {_triton()}")
     print(f"{'cuda':<9} {_gpu()}")
+    print(f"{'kernels':<9} {_kernels()}")
     for backend in BACKENDS:
         print(f"{'backend':<9} {backend}: {_served(backend)}")
     print(f"{'forced':<9} {_forced()}")
@@ -43,6 +44,16 @@ def _gpu() -> str:
         return f"{torch.version.cuda}, but torch sees no GPU"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.version.cuda}, {torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+
+
+def _kernels() -> str:
+    """What the CUDA kernels were built with, or why they are not there."""
+    backend = _load("cuda")
+    if isinstance(backend, str):
+        return backend
+    info = backend.build_info()
+    architectures = ", ".join(f"sm_{name}" for name in info["architectures"].split())
+    return f"{architectures} by {info['compiler']} at revision {info['revision']}"
 
 
 def _served(backend: str) -> str:

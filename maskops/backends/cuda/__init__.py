@@ -1,6 +1,6 @@
 """The ops as CUDA kernels of the compiled module ``maskops._C``, for CUDA devices."""
 
-from maskops.backends.cuda._module import EMULATED
+from maskops.backends.cuda._module import EMULATED, build_info, kernel_attributes
 from maskops.backends.cuda._module import ops as _ops
 from maskops.backends.cuda.images import prepare_images
 from maskops.backends.cuda.layers import (
@@ -42,6 +42,7 @@ __all__ = [
     "affine_relu_bits_",
     "arena_effective_weight_",
     "arena_mask_grad",
+    "build_info",
     "dual_masked_conv",
     "dual_masked_conv_backward",
     "dual_masked_linear",
@@ -50,6 +51,7 @@ __all__ = [
     "effective_weight_backward",
     "effective_weights",
     "effective_weights_backward",
+    "kernel_attributes",
     "mask_adam8bit_step_",
     "mask_adam_step_",
     "mask_sgd_step_",

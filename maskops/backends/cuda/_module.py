@@ -9,6 +9,9 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("this installation was built without nvcc") from error
 
+build_info = _C.build_info
+kernel_attributes = _C.kernel_attributes
+
 EMULATED = _C.build_info()["architectures"] == "emulated"
 """Whether the kernels were built for the CPU, where tests run them in an emulator."""
 
