@@ -31,12 +31,14 @@ def wanted():
         sys.exit(f"maskops: MASKOPS_BUILD: expected auto, cuda or none; got {choice!r}")
     if choice == "cuda" and not nvcc():
         sys.exit(f"maskops: MASKOPS_BUILD=cuda needs an nvcc: put it on the path or set CUDA_HOME, {WAY_ON}")
-    return choice == "cuda" or (choice == "auto" and nvcc() is not None)
+    return choice == "cuda" or (choice == "auto" and sys.platform == "linux" and nvcc() is not None)
 
 
 class BuildWithCMake(build_ext):
     def build_extension(self, extension):
         missing = [module for module in ("torch", "pybind11") if importlib.util.find_spec(module) is None]
+        # those of an environment that isn't activated, too
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         missing += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
         if missing:
             way = f"install it and run pip install --no-build-isolation, {WAY_ON}"
@@ -44,6 +46,7 @@ class BuildWithCMake(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         options = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
+            "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CUDA_COMPILER": nvcc(),
             "Python_EXECUTABLE": sys.executable,
             "MASKOPS_REVISION": revision(),

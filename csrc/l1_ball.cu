@@ -276,8 +276,7 @@ Slices slices_of(int64_t rows, int64_t entries) {
     return Slices{how, static_cast<unsigned>(blocks), of_a_slice,
                   static_cast<int>(std::min(of_a_slice, int64_t{capacity})), nullptr};
   };
-  const bool has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  if (has_clusters && entries <= int64_t{largest_cluster} * capacity) {
+  if (has_clusters<move_rows_in_shared_memory<true>>() && entries <= int64_t{largest_cluster} * capacity) {
     unsigned blocks = 1;
     const auto is_worth_it = [&] {
       return 2 * rows * blocks <= all && entries > int64_t{2} * least_of_a_block * blocks;

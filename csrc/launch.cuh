@@ -45,6 +45,14 @@ int enlist_kernel() {
 template <auto kernel>
 inline const int enlisted = enlist_kernel<kernel>();
 
+// Whether the code that runs on this device was made for clusters; what was made from older PTX wasn't.
+template <auto kernel>
+bool has_clusters() {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
 struct Launch {
   dim3 grid, block;
   cudaStream_t stream;

@@ -71,6 +71,8 @@ class TeamSum {
       if (threadIdx.x == 0) own_[turn_] = sum;
       cluster.sync();
       if (lane < static_cast<int>(cluster.num_blocks())) all = *cluster.map_shared_rank(own_ + turn_, lane);
+#else
+      __trap();  // the launch asks whether there are clusters
 #endif
     } else {
       const int blocks = static_cast<int>(gridDim.x);

@@ -38,6 +38,11 @@ std::vector<Tensor> effective_weight_backward(const Tensor& grad, const Tensor& 
 
 std::vector<Tensor> effective_weights(std::vector<Tensor> weights, std::vector<Tensor> masks,
                                       std::vector<Tensor> noises, std::vector<Tensor> scales, ScalarType dtype) {
+  if (dtype == ScalarType::Double) {
+    std::vector<Tensor> results = effective_weights(weights, masks, noises, scales, ScalarType::Float);
+    for (Tensor& result : results) result = torch::stable::to(result, dtype);
+    return results;
+  }
   const Device device(weights[0]);
   std::vector<Tensor> results;
   for (size_t i = 0; i < weights.size() * (noises.empty() ? 1 : 2); ++i) {
@@ -65,6 +70,10 @@ std::vector<Tensor> effective_weights_backward(std::vector<Tensor> grads, std::v
   for (size_t i = 0; i < count + noises.size(); ++i) {
     const size_t layer = i % count;
     const Tensor& factor = i < count ? masks[i] : noises[layer];
+    if (factor.scalar_type() == ScalarType::Byte) {  // masks of bytes have no gradient
+      results.push_back(torch::stable::new_zeros(factor, factor.sizes()));
+      continue;
+    }
     const bool whole = factor.numel() == weights[layer].numel();
     results.push_back(empty_like(whole ? grads[i] : factor, factor.scalar_type()));
     View scale;
@@ -294,6 +303,7 @@ maskops::Window window_of(const Sizes& kernel_size, const Sizes& stride, const S
 // How many windows there are along one side of an image.
 int64_t windows(int64_t size, const maskops::Window& window, int side, bool ceil_mode) {
   const int64_t stride = window.stride[side], padding = window.padding[side];
+  STD_TORCH_CHECK(size > 0, "max_pool_winners: the image must have entries; got ", size, " along a side");
   const int64_t extent = static_cast<int64_t>(window.dilation[side]) * (window.kernel[side] - 1) + 1;
   STD_TORCH_CHECK(padding >= 0 && 2 * padding <= extent,
                   "max_pool_winners: padding must be at most half of the window of ", extent, "; got ", padding);

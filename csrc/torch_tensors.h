@@ -173,6 +173,7 @@ class Device {
   explicit Device(const Tensor& tensor) {
     if (!tensor.is_cuda()) return;
     guard_.emplace(tensor.get_device_index());
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);

@@ -145,6 +145,8 @@ class MaskAdam(_MaskOptimizer):
             device = mask.device if group["capturable"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state.update(_moments_of_eight_bits(mask) if eight_bits else _moments(mask))
+        if state["step"].device.type == "cpu" and mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("MaskAdam: a step in a CUDA graph counts on the device; give capturable=True")
         op = _ops.mask_adam8bit_step_ if eight_bits else _ops.mask_adam_step_
         moments = (state[name] for name in (_EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")))
         op(

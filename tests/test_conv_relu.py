@@ -39,7 +39,8 @@ def tensors(case, dtype=torch.float32, channels_last=False):
     output = plain_block(**made, **options)
     made["residual"] = rand(*output.shape, dtype=dtype)
     if channels_last:
-        made["input"] = made["input"].to(memory_format=torch.channels_last)
+        for name in ("input", "residual"):
+            made[name] = made[name].to(memory_format=torch.channels_last)
     frozen = {"scale": rand(weight[0], dtype=dtype), "shift": rand(weight[0], dtype=dtype)}
     return made, frozen, options
 

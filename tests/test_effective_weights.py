@@ -92,6 +92,32 @@ def test_masks_of_bytes_and_layers_of_nothing(backend):
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_masks_of_bytes_have_no_gradient_but_their_noise_has(granularity, backend):
+    weights, noise = [rand(8, 64)], rand(8, 64, grad=True)
+    mask = torch.randint(256, (8, 64) if granularity == "weight" else (8, 1), dtype=torch.uint8, device=DEVICE)
+    try:
+        _, (perturbed,) = effective_weights(weights, [mask], [noise], backend=backend)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    torch.testing.assert_close(perturbed, weights[0] * (mask / 255 + noise))
+    torch.testing.assert_close(torch.autograd.grad(perturbed.sum(), noise)[0], weights[0])
+    call = torch.ops.maskops.effective_weights_backward
+    found = call([torch.ones_like(weights[0])] * 2, weights, [mask], [noise.detach()], [], backend=backend)
+    assert found[0].dtype == torch.uint8 and found[0].shape == mask.shape
+    torch.testing.assert_close(found[1], weights[0])
+
+
+def test_results_in_float64(backend):
+    weights, masks = [rand(3, 4), rand(2)], [rand(3, 1), rand(2)]
+    try:
+        found = effective_weights(weights, masks, dtype=torch.float64, backend=backend)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for output, weight, mask in zip(found, weights, masks, strict=True):
+        assert torch.equal(output, (weight * mask).double())
+
+
 def test_no_layers_are_none():
     assert effective_weights([], []) == []
 

@@ -147,6 +147,8 @@ def test_what_the_build_lacks_is_named(tmp_path, lacking):
         (tmp_path / tool).chmod(0o755)
     hide = "import importlib.util as u, sys; find = u.find_spec; "
     hide += f"u.find_spec = lambda name, *rest: None if name == {lacking!r} else find(name, *rest); "
+    hide += "import shutil; which = shutil.which; "
+    hide += f"shutil.which = lambda name: None if name == {lacking!r} else which(name); "
     code = hide + "import runpy; runpy.run_path('setup.py', run_name='__main__')"
     environment = {**os.environ, "MASKOPS_BUILD": "cuda", "CUDACXX": str(tmp_path / "nvcc"), "PATH": str(tmp_path)}
     command = [sys.executable, "-c", code, "-q", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp")]

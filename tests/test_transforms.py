@@ -18,6 +18,7 @@ from maskops.functional import (
     dual_masked_conv2d,
     dual_masked_linear,
     effective_weight,
+    effective_weights,
     many_masked_conv2d,
     many_masked_linear,
     masked_batch_norm,
@@ -76,6 +77,13 @@ def affine_relu(input, residual):
     return affine_relu_(input * 1, scale, scale + 1, residual, 2.0)
 
 
+def two_layers(mask, noise):
+    weight = torch.linspace(-1, 1, 12, dtype=mask.dtype, device=mask.device).view(3, 2, 2)
+    scales = [weight[:, 0, 0], weight[:, 1, 1]]
+    clean, perturbed = effective_weights([weight, weight.flip(0)], [mask, 2 * mask], [noise, noise + 1], scales)
+    return torch.stack(clean + perturbed)
+
+
 def plain_block(input, residual, **layer):
     output = plain_layer(F.conv2d, input, **layer)
     scale = torch.tensor([0.5, 2.0], dtype=output.dtype, device=output.device).view(-1, 1, 1)
@@ -96,6 +104,7 @@ def perturbed_images(trigger):
 CASES = {
     "affine_relu_": (affine_relu, {"input": (2, 2, 3, 3), "residual": (2, 2, 3, 3)}),
     "effective_weight": (effective_weight, {"weight": (3, 2, 2), "mask": (3, 2, 2), "noise": (3, 1, 1)}),
+    "effective_weights": (two_layers, {"mask": (3, 2, 2), "noise": (3, 1, 1)}),
     "masked_conv1d": (partial(masked_conv1d, stride=2, padding=1), layer((2, 2, 5), (3, 2, 3), bias=(3,))),
     "masked_conv2d": (partial(masked_conv2d, **SAME), layer((2, 4, 3, 3), (2, 2, 2, 3), (2, 2, 1, 1), (2,))),
     "masked_conv2d of an image": (masked_conv2d, layer((2, 4, 4), (3, 2, 3, 3), (3, 1, 1, 1))),

@@ -116,6 +116,10 @@ def masked_conv2d_relu(
     for name, value in (("scale", scale), ("shift", shift)):
         if value is not None and value.shape != weight.shape[:1]:
             raise ValueError(f"{op}: {name} must have shape ({weight.shape[0]},); got {shape(value)}")
+        if value is not None:
+            check_floating(op, name, value)
+        if value is not None and value.device != input.device:
+            raise ValueError(f"{op}: {name} must be on {input.device}; got {value.device}")
         if value is not None and value.requires_grad:
             raise ValueError(f"{op}: {name} must be frozen; got one that requires gradients")
     if any(uneven):

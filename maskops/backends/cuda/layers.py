@@ -18,6 +18,9 @@ from maskops.backends.reference.layers import Weighting, dual_backward
 
 _KERNELS = Weighting(ops.effective_weight.default, ops.effective_weight_backward.default)
 
+_without_cudnn: set[tuple] = set()
+"""The layers for which cuDNN has no fused kernel; it doesn't say so beforehand."""
+
 masked_linear = partial(reference.masked_linear, weighting=_KERNELS)
 masked_linear_backward = partial(reference.masked_linear_backward, weighting=_KERNELS)
 dual_masked_linear = partial(reference.dual_masked_linear, weighting=_KERNELS)
@@ -63,8 +66,14 @@ def masked_conv_relu(
     Else the rest is one pass over the convolution's output.
     """
     geometry = (stride, padding, dilation, groups)
-    if _cudnn_serves(input, weight, residual):
-        return _cudnn_conv_relu(input, weight, mask, noise, bias, scale, shift, residual, geometry)
+    layer = input.shape, weight.shape, input.dtype, tuple(map(tuple, geometry[:3])), groups, residual is None
+    if layer not in _without_cudnn and _cudnn_serves(input, weight, residual):
+        try:
+            return _cudnn_conv_relu(input, weight, mask, noise, bias, scale, shift, residual, geometry)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            _without_cudnn.add(layer)
     output = masked_conv(input, weight, mask, noise, bias, stride, padding, dilation, False, [0, 0], groups)
     if scale is None and shift is None and residual is None:
         return output, ops.relu_bits_(output, math.inf)
@@ -73,7 +82,8 @@ def masked_conv_relu(
 
 def _cudnn_serves(input: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
     """Whether cuDNN's fused layer is there for such tensors: channels_last in the dtype of the input."""
-    if input.device.type != "cuda" or not torch.backends.cudnn.is_available() or weight.shape[1] == 1:
+    cudnn = torch.backends.cudnn
+    if input.device.type != "cuda" or not (cudnn.enabled and cudnn.is_available()) or weight.shape[1] == 1:
         return False
     layers = [input] if residual is None else [input, residual]
     return all(t.dtype == input.dtype and t.is_contiguous(memory_format=torch.channels_last) for t in layers)

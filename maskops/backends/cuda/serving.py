@@ -8,26 +8,47 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from maskops.backends.cuda._module import EMULATED
+from maskops.backends.cuda._module import EMULATED, kernel_attributes
 
 _MOST_DIMENSIONS = 5
 
 
 def why_not(op: str, *tensors: Tensor) -> str | None:
-    """What the kernels can't compute: float64, tensors that aren't on a CUDA device, more than five dimensions."""
-    for tensor in tensors:
-        if tensor.dim() == 0 and op.startswith("mask_") and tensor is not tensors[0]:
-            continue  # the learning rate, the step count or a bound, of any dtype, and maybe on the CPU
-        if op in ("mask_adam_step_", "mask_sgd_step_") and not tensor.dtype.is_floating_point:
+    """What the kernels can't compute: float64, tensors that aren't on one CUDA device, more than five dimensions."""
+    devices = set()
+    for at, tensor in enumerate(tensors):
+        # the learning rate, the step count or a bound, of any dtype, and maybe on the CPU
+        is_number = tensor.dim() == 0 and op.startswith("mask_") and at > 0
+        if is_number and tensor.device.type == "cpu":
+            continue
+        devices.add(tensor.device)
+        if is_number:
+            continue
+        # of eight bits are the moments alone
+        may_be_codes = op == "mask_adam8bit_step_" and at > 1
+        if op.startswith("mask_") and not tensor.dtype.is_floating_point and not may_be_codes:
             return f"its mask steps take floating dtypes, not {tensor.dtype}"
         if tensor.dtype == torch.float64:
             return "CUDA kernels compute in float32"
         if tensor.dim() > _MOST_DIMENSIONS:
             return f"its kernels take at most {_MOST_DIMENSIONS} dimensions"
-        if tensor.device.type != "cuda" and not (EMULATED and tensor.device.type == "cpu"):
-            return f"the tensors are on {tensor.device.type}"
-        if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            return "it needs compute capability 8.0"
+    reasons = [reason for device in devices if (reason := _why_not_on(device))]
+    if reasons:
+        return reasons[0]
+    return "the tensors are on several devices" if len(devices) > 1 else None
+
+
+@cache
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None if EMULATED and device.type == "cpu" else f"the tensors are on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0"
+    try:
+        with torch.cuda.device(device):
+            kernel_attributes()
+    except RuntimeError as error:
+        return f"its kernels don't run on {torch.cuda.get_device_name(device)}: {error}"
     return None
 
 
