@@ -61,8 +61,10 @@ struct ArenaTable {
 void effective_weight(const View& effective, const View& weight, const View& mask, const View& noise,
                       cudaStream_t stream);
 
-// grad * weight, summed where the result has fewer entries.
-void factor_grad(const View& result, const View& grad, const View& weight, cudaStream_t stream);
+// grad * weight, summed where the result has fewer entries. Here and below, the workspace of a sum has as many bytes as
+// the other function says, aligned to 16; without one, no sum is divided among blocks.
+int64_t factor_grad_workspace(const View& result, const View& weight);
+void factor_grad(const View& result, const View& grad, const View& weight, void* workspace, cudaStream_t stream);
 
 // A layer's tensors: what is missing has no data; the scale is one number per entry of the first dimension.
 struct WeightViews {
@@ -77,14 +79,16 @@ struct FactorViews {
 };
 
 // (grad + other_grad) * weight * scale of many layers, summed where a result has fewer entries.
-void factor_grads(const std::vector<FactorViews>& factors, cudaStream_t stream);
+int64_t factor_grads_workspace(const std::vector<FactorViews>& factors);
+void factor_grads(const std::vector<FactorViews>& factors, void* workspace, cudaStream_t stream);
 
 // effective_weight of all layers of flat buffers.
 void arena_effective_weight(const ArenaTable& table, const View& effective, const View& weight, const View& mask,
                             const View& noise, cudaStream_t stream);
 
 // factor_grad of all layers of flat buffers; nothing is written between the layers.
-void arena_mask_grad(const ArenaTable& table, const View& grads, const View& grad, const View& weight,
+int64_t arena_mask_grad_workspace(const ArenaTable& table);
+void arena_mask_grad(const ArenaTable& table, const View& grads, const View& grad, const View& weight, void* workspace,
                      cudaStream_t stream);
 
 // What every mask step takes. These views may be missing: a weight, without which `grad` is the mask's own gradient; an

@@ -31,7 +31,9 @@ std::vector<Tensor> effective_weight_backward(const Tensor& grad, const Tensor& 
     if (!factor) continue;
     const bool whole = factor->numel() == weight.numel();
     grads.push_back(empty_like(whole ? grad : *factor, factor->scalar_type()));
-    maskops::factor_grad(view(grads.back()), view(grad), view(weight), device.stream());
+    const View result = view(grads.back());
+    const OptionalTensor space = workspace(weight, maskops::factor_grad_workspace(result, view(weight)));
+    maskops::factor_grad(result, view(grad), view(weight), data_of(space), device.stream());
   }
   return grads;
 }
@@ -81,7 +83,8 @@ std::vector<Tensor> effective_weights_backward(std::vector<Tensor> grads, std::v
     const View other = i < count && !noises.empty() ? view(grads[count + i]) : View();
     views.push_back({view(results[i]), view(grads[i]), other, view(weights[layer]), scale});
   }
-  maskops::factor_grads(views, device.stream());
+  const OptionalTensor space = workspace(weights[0], maskops::factor_grads_workspace(views));
+  maskops::factor_grads(views, data_of(space), device.stream());
   return results;
 }
 
@@ -102,7 +105,9 @@ Tensor arena_mask_grad(const Tensor& grad, const Tensor& weight, const Tensor& m
   const Device device(weight);
   Tensor grads = empty_like(mask, mask.scalar_type());
   torch::stable::zero_(grads);
-  maskops::arena_mask_grad(arena_table(table, layers), view(grads), view(grad), view(weight), device.stream());
+  const maskops::ArenaTable rows = arena_table(table, layers);
+  const OptionalTensor space = workspace(mask, maskops::arena_mask_grad_workspace(rows));
+  maskops::arena_mask_grad(rows, view(grads), view(grad), view(weight), data_of(space), device.stream());
   return grads;
 }
 

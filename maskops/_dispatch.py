@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
-from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -83,8 +82,13 @@ def choose(op: str, arguments: tuple[Any, ...], backend: str | None) -> Callable
 
 def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
     """The tensors among the arguments, and in lists of them."""
-    flat = chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in arguments)
-    return [argument for argument in flat if isinstance(argument, Tensor)]
+    found = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += [entry for entry in argument if isinstance(entry, Tensor)]
+    return found
 
 
 def explain(op: str | None = None, *arguments: Any) -> str:

@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, check, rand
+from helpers import DEVICE, DTYPES, check, plain_weight, poisoned, rand
 
-from maskops.functional import effective_weights
+from maskops import _dispatch
+from maskops.arena import MaskArena, _views
+from maskops.functional import effective_weight, effective_weights
 
 SHAPES = [(6, 4, 3, 3), (5, 7), (4, 1, 3, 3), (3,), (2, 3, 1, 1)]
 GRANULARITIES = {
@@ -64,6 +66,88 @@ def test_many_more_layers_than_a_launch_takes(backend):
     factors = {f"mask{i}": rand(len(weight), 1) for i, weight in enumerate(weights)}
     fixed = {"weights": weights, "scales": None}
     check(partial(call, **fixed), partial(plain, **fixed), factors, backend, exact=True)
+
+
+@pytest.fixture
+def quick_backend(backend):
+    """Not Triton's interpreter, which takes minutes over so many weights."""
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("too many weights for Triton's interpreter")
+    return backend
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["number", "rows"])
+@pytest.mark.parametrize("other", [None, "noised", "scaled"])
+def test_sums_of_very_many_terms(rows, other, quick_backend):
+    """Some are divided among blocks, others not; some lie so that many are loaded at once, others don't."""
+    weights = [rand(3, size) for size in (40_000, 40_003, 3_000, 2_501, 300)]
+    weights.append(rand(35_000, 3).t())
+    factors = {f"mask{i}": rand(rows, 1) for i in range(len(weights))}
+    if other == "noised":
+        factors |= {f"noise{i}": rand(*weight.shape) for i, weight in enumerate(weights)}
+    scales = [rand(3) for _ in weights] if other == "scaled" else None
+    fixed = {"weights": weights, "scales": scales, "noised": other == "noised"}
+    check(partial(call, **fixed), partial(plain, **fixed), factors, quick_backend)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 40_003)], ids=str)
+@pytest.mark.parametrize("size", [1_003, 40_000, 40_003])
+def test_a_mask_of_one_layer_of_very_many_weights(shape, size, quick_backend):
+    mask = rand(shape[0], min(shape[1], size))
+    for weight in (rand(3, size), rand(size, 3).t()):
+        check(partial(effective_weight, weight), partial(plain_weight, weight), {"mask": mask}, quick_backend)
+
+
+def test_entries_that_do_not_fill_the_last_eight(quick_backend):
+    weights = [rand(*shape) for shape in ((2_048,), (2_047,), (2_049,), (4_099,), (5,), (1_025, 3))]
+    factors = {f"{name}{i}": rand(*weight.shape) for i, weight in enumerate(weights) for name in ("mask", "noise")}
+    fixed = {"weights": weights, "scales": None, "noised": True}
+    check(partial(call, **fixed), partial(plain, **fixed), factors, quick_backend, exact=True)
+
+
+ARENA = {
+    "one mask": ((3, 40_003), (1, 1)),
+    "a mask for each row": ((3, 40_000), (3, 1)),
+    "uneven rows": ((3, 35_001), (3, 1)),
+    "a mask for each column": ((20, 1_000), (1_000,)),
+    "uneven columns": ((20, 995), (995,)),
+    "kernels": ((16, 24, 3, 3), (16, 24, 1, 1)),
+    "positions": ((4, 6, 3, 3), (3, 3)),
+    "weights": ((45,), (45,)),
+}
+
+
+def moved(tensor, by):
+    """The same numbers that many entries further on than where memory is aligned."""
+    return torch.cat((tensor.detach().new_zeros(by), tensor.detach()))[by:]
+
+
+@pytest.mark.parametrize("by", [(0, 0, 0), (1, 0, 0), (8, 1, 0), (0, 8, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_buffers_of_arenas_may_lie_anywhere(dtype, by, quick_backend):
+    arena = MaskArena(
+        {name: rand(*shape) for name, (shape, _) in ARENA.items()},
+        {name: rand(*shape) for name, (_, shape) in ARENA.items()},
+        dtype,
+    )
+    noise, weight = moved(rand(*arena.mask.shape), by[2]), moved(arena.weight, by[0])
+    mask, effective = moved(arena.mask, by[1]), moved(torch.full_like(arena.effective, torch.nan), by[0])
+    grad, table = moved(rand(*arena.grad.shape, dtype=dtype), by[0]), (arena._table, arena._layers)
+    reason = _dispatch.why_not(quick_backend, "arena_mask_grad", grad, weight, mask, table[0])
+    if reason:
+        pytest.skip(reason)
+    ops = torch.ops.maskops
+    for added in (None, noise):
+        ops.arena_effective_weight_(effective, weight, mask, added, *table, backend=quick_backend)
+        for name, found in _views(effective, arena.weights).items():
+            factor = _views(mask if added is None else mask + added, arena.masks)[name]
+            assert torch.equal(found, (arena.weights[name].detach() * factor).to(dtype)), name
+    with poisoned():
+        grads = ops.arena_mask_grad(grad, weight, mask, *table, backend=quick_backend)
+    for name, found in _views(grads, arena.masks).items():
+        product = _views(grad, arena.weights)[name].double() * arena.weights[name].detach()
+        error = (found - product.sum_to_size(found.shape)).abs()
+        assert (error <= 1e-6 * product.abs().sum_to_size(found.shape)).all(), name
 
 
 def test_gradients_in_float64():
