@@ -67,6 +67,8 @@ def run(
                     for name, ms in interleaved(timed, repeats, warmup, device, flush).items():
                         where = case.shape, entry.batch, dtype, name, case.phase
                         outcome.rows.append(make_row("ops", *where, ms.percentiles(), device=device))
+            except torch.OutOfMemoryError as error:
+                outcome.absent[f"{entry.op}, {done + 1} of {len(entries)}"] = first_line(error)
             except (RuntimeError, TypeError, ValueError) as error:
                 outcome.absent[f"{entry.op}, {done + 1} of {len(entries)}"] = first_line(error)
                 outcome.failed = True
@@ -119,7 +121,7 @@ def contestants(case: Case, compiles: bool, tolerance: float, outcome: Outcome) 
             except Exception as reason:
                 if "was asked for, but" not in str(reason):
                     outcome.absent[what] = first_line(reason)
-                    outcome.failed |= name != "compile"
+                    outcome.failed |= name != "compile" and not isinstance(reason, torch.OutOfMemoryError)
                 continue
             if not error <= tolerance:
                 outcome.absent[what] = f"{error:.2g} away from plain torch"

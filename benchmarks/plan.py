@@ -35,6 +35,8 @@ LAYERS: dict[type[nn.Module], dict[str, Callable[..., Iterator[Case]]]] = {
 }
 IMAGES = {"prepare_images": network_cases.image_cases, "trigger_step_": network_cases.trigger_cases}
 NETWORKS = {"masks": network_cases.mask_cases, "neuron_masks": network_cases.neuron_mask_cases}
+LARGE = {"300 million weights": 18, "1 billion weights": 60}
+"""Masks of no network, for GPUs alone: so many layers of 4096 x 4096."""
 OPS = (*(op for makers in LAYERS.values() for op in makers), *NETWORKS, "relu_bits", *IMAGES, "l1_ball")
 """What can be asked for by name."""
 
@@ -56,6 +58,10 @@ def plan(
     """
     entries: dict[object, Entry] = {}
     absent: dict[str, str] = {}
+    if device.type == "cuda":
+        for title, layers in LARGE.items():
+            make = partial(network_cases.mask_cases, title, [torch.Size((4096, 4096, 1, 1))] * layers, device)
+            entries[title] = Entry("masks", 1, make)
     for batch in batches:
         sizes = {32}
         for net in nets:

@@ -154,6 +154,13 @@ def test_the_price_of_the_mask_is_in_the_table():
     assert lines[0].split()[-1] == "fused/unmasked" and lines[1].split()[-1] == "1.50"
 
 
+def test_a_gpu_has_masks_of_a_billion_weights_too():
+    entries, _ = plan.plan(["small_vgg"], [2], torch.float32, torch.device("cuda"))
+    counts = [sum(shape.numel() for shape in entry.make.args[1]) for entry in entries[:2]]
+    assert [round(count, -8) for count in counts] == [300_000_000, 1_000_000_000]
+    assert len(plan.plan(["small_vgg"], [2], torch.float32, CPU)[0]) == len(entries) - 2
+
+
 def test_a_missing_library_is_named(reference_alone, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(networks, "find_spec", lambda library: None)
     entries, absent = plan.plan(["resnet50", "small_vgg"], [2], torch.float32, CPU)
