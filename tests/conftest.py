@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    _no_emulator = None
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     _no_emulator = cuda_emulator.load()
 
@@ -110,6 +112,8 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter):
+    if _no_emulator:
+        terminalreporter.write_line(f"the CUDA kernels were not run: {_no_emulator}", yellow=True)
     for backend in _dispatch.BACKENDS:
         ops = [op for op in _dispatch.OPS if _served[backend, op]]
         line = f"backend {backend}: {len(ops)} of {len(_dispatch.OPS)} ops exercised"
