@@ -65,6 +65,10 @@ _SCHEMAS = (
     "relu_bits_(Tensor(a!) input, float upper) -> Tensor",
     "affine_relu_bits_(Tensor(a!) input, Tensor? scale, Tensor? shift, Tensor? residual, float upper) -> Tensor",
     "relu_bits_backward(Tensor grad, Tensor bits) -> Tensor",
+    f"conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY_2D}, float upper) -> Tensor",
+    "conv_input_grad(Tensor grad, Tensor weight, Tensor? gate, Tensor? addend, SymInt[] input_size, "
+    f"{_GEOMETRY_2D}, float upper) -> Tensor",
+    "relu_backward(Tensor grad, Tensor gate, Tensor? addend, float upper) -> Tensor",
     "max_pool_winners(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
     "bool ceil_mode) -> (Tensor, Tensor)",
     "max_pool_winners_backward(Tensor grad, Tensor winners, SymInt[] input_size, SymInt[2] kernel_size, "

@@ -14,6 +14,7 @@ from maskops.functional import clip_mask_, effective_weight
 GRANULARITIES = {"weight": (6, 4, 3), "kernel": (6, 4, 1), "neuron": (6, 1, 1), "number": (), "column": (3,)}
 GEOMETRY = ([2, 1], [1, 0], [1, 1], False, [0, 0], 2)
 GEOMETRY_2D = ([2, 1], [1, 0], [1, 1], 2)
+POINTWISE = ([1, 1], [0, 0], [1, 1], 1)
 TRANSPOSED = ([2, 2], [1, 1], [1, 1], True, [1, 0], 2)
 
 
@@ -139,6 +140,23 @@ def op_arguments():
             (images.bfloat16(), None, None, None, math.inf),
         ],
         "relu_bits_backward": [(rows, torch.ones(3, dtype=torch.uint8, device=DEVICE))],
+        "conv_relu": [
+            (x, rand(*conv), rand(6), rand(2, 6, 3, 3), *GEOMETRY_2D, math.inf),
+            (x.to(memory_format=torch.channels_last), rand(8, 4, 1, 1), None, None, *POINTWISE, 6.0),
+        ],
+        "conv_input_grad": [
+            (grad, rand(*conv), x.relu(), two, x.shape, *GEOMETRY_2D, math.inf),
+            (
+                *(two.to(memory_format=torch.channels_last), rand(4, 4, 1, 1)),
+                *(torch.ones(25, dtype=torch.uint8, device=DEVICE), None, x.shape, *POINTWISE, 6.0),
+            ),
+            (grad, rand(*conv), None, two, x.shape, *GEOMETRY_2D, math.inf),
+        ],
+        "relu_backward": [
+            (x, x.relu(), two, math.inf),
+            (x, x.clamp(0, 1), None, 1.0),
+            (rows, torch.ones(3, dtype=torch.uint8, device=DEVICE), rows + 1, math.inf),
+        ],
         "max_pool_winners": [(images, *pool, False), (images, *pool, True)],
         "max_pool_winners_backward": [
             (rand(1, 2, 3, 3), torch.zeros(1, 2, 3, 3, dtype=torch.uint8, device=DEVICE), images.shape, *pool)

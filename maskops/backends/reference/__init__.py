@@ -4,6 +4,7 @@ from torch import Tensor
 
 from maskops.backends.reference.arena import arena_effective_weight_, arena_mask_grad
 from maskops.backends.reference.effective_weights import effective_weights, effective_weights_backward
+from maskops.backends.reference.frozen import conv_input_grad, conv_relu, relu_backward
 from maskops.backends.reference.images import prepare_images, prepare_images_backward
 from maskops.backends.reference.l1_ball import project_onto_l1_ball, rescale_to_l1_ball
 from maskops.backends.reference.layers import (
@@ -41,6 +42,8 @@ __all__ = [
     "affine_relu_bits_",
     "arena_effective_weight_",
     "arena_mask_grad",
+    "conv_input_grad",
+    "conv_relu",
     "dual_masked_conv",
     "dual_masked_conv_backward",
     "dual_masked_linear",
@@ -67,6 +70,7 @@ __all__ = [
     "prepare_images",
     "prepare_images_backward",
     "project_onto_l1_ball",
+    "relu_backward",
     "relu_bits",
     "relu_bits_",
     "relu_bits_backward",
