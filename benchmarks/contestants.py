@@ -24,56 +24,65 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, Problem, adam_state, result
 from benchmarks.published import Careful, Compiled, Eager, Official
-from maskops.optim import MaskAdam
-from maskops.purify._masks import MaskRun
-from maskops.purify._setting import MaskSetting
-from maskops.purify.awm import PRESETS, _ascend
+from maskops.purify._phase import Phase
+from maskops.purify.awm import AWM
 
 
 class Maskops:
-    """The steps of :func:`maskops.purify.awm`, preset ``"official"``."""
+    """The steps of :func:`maskops.purify.awm`, preset ``"official"``, as they run there: on a GPU as CUDA graphs."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         dtype = None if problem.dtype == torch.float32 else problem.dtype
-        setting = MaskSetting(device=problem.device, dtype=dtype, progress=False)
-        self.run = MaskRun("awm", problem.model, (problem.images, problem.labels), setting)
-        self.options = PRESETS["official"].options
-        self.masks = MaskAdam(self.run.arena, lr=LR, l1=GAMMA)
+        options = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "lr": LR, "inner_lr": INNER_LR}
+        setting = {"batch_size": problem.indices.shape[1], "device": problem.device, "dtype": dtype, "progress": False}
+        data = problem.images, problem.labels
+        self.awm = AWM(problem.model, data, "official", None, {**options, **setting})
+        lane = self.awm.run.lane
+        self.steps = {
+            name: Phase(name, step, lambda: {"index": problem.indices.cpu()}, lane)
+            for name, step in (("inner", self.awm.inner), ("outer", self.awm.outer))
+        }
 
     @torch.no_grad()
     def reset(self) -> None:
-        self.trigger = self.problem.trigger.clone().requires_grad_()
-        for name, mask in self.run.arena.masks.items():
+        arena, trigger = self.awm.run.arena, self.awm.trigger
+        trigger.copy_(self.problem.trigger)
+        for name, mask in arena.masks.items():
             mask.copy_(self.problem.masks[name])
-        self.run.arena.refresh()
-        self.run.arena.grad.zero_()
-        self.masks.state[self.run.arena.mask] = adam_state(self.run.arena.mask)
+        arena.refresh()
+        arena.grad.zero_()
+        state, start = self.awm.masks.state[arena.mask], adam_state(arena.mask, step_device=arena.mask.device)
+        for name, value in start.items():  # into the tensors that recorded steps know
+            state.setdefault(name, value).copy_(value)
 
     def begin(self) -> None:
-        with self.run.frozen_masks():
-            self.labels = self.run.predictions(self.problem.indices.shape[1])
+        self.awm.predictions.run()
 
     def inner(self, index: int = 0) -> None:
-        batch = self.problem.indices[index]
-        with self.run.frozen_masks():
-            loss = F.cross_entropy(self.run.logits(self.run.images[batch], self.trigger), self.labels[batch])
-            self.trigger = _ascend(self.trigger, loss, self.options)
+        with self.awm.run.frozen_masks():
+            self._advance("inner", index)
 
     def outer(self, index: int = 0) -> None:
-        batch = self.problem.indices[index]
-        clean, labels = self.run.images[batch], self.run.labels[batch]
-        perturbed = (clean + self.trigger.detach()).clamp(0, 1)
-        self.run.descend((ALPHA, clean, labels), (BETA, perturbed, labels), together=clean.device.type != "cpu")
-        self.masks.step()
+        self._advance("outer", index)
+
+    def _advance(self, name: str, index: int) -> None:
+        steps, lane = self.steps[name], self.awm.run.lane
+        if not steps.left:
+            steps.start()
+        lane.fork()
+        with lane.stream():
+            steps.counter.fill_(index)
+        steps.advance()
+        lane.join()
 
     def result(self) -> dict[str, Tensor]:
-        return result(self.trigger, self.run.arena.masks)
+        return result(self.awm.trigger, self.awm.run.arena.masks)
 
     def constants(self) -> Iterable[Tensor]:
-        arena = self.run.arena
-        flat = arena.weight, arena.mask, arena.effective, arena.grad
-        return [*self.run.model.parameters(), *self.run.model.buffers(), *flat]
+        run = self.awm.run
+        flat = run.arena.weight, run.arena.mask, run.arena.effective, run.arena.grad
+        return [*run.model.parameters(), *run.model.buffers(), *flat]
 
 
 class Floor:

@@ -79,6 +79,11 @@ class MaskArena:
         padded = ([*where, *itertools.chain(*space), *(1, 0) * (dims - len(space))] for where, space in rows)
         return list(itertools.chain(*padded)), 4 + 2 * dims
 
+    def share_weight(self, other: MaskArena) -> None:
+        """Use another arena's θ in place of one's own, which is then freed; only if they are equal."""
+        if torch.equal(self.weight, other.weight):
+            self.weight, self.weights = other.weight, other.weights
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Effective weights ``weight * mask``; the mask step does this by itself."""

@@ -145,6 +145,7 @@ def write(
         "curves": curves,
         "history": result.history,
         "timings": result.timings,
+        "execution": result.execution,
         "options": options,
         "versions": versions(),
     }

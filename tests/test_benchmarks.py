@@ -23,9 +23,9 @@ COMPARED = {name: make for name, make in CONTESTANTS.items() if name != "compile
 
 class ForgetsTheTrigger(Maskops):
     def outer(self, index=0):
-        batch = self.problem.indices[index]
-        self.run.descend((ALPHA, self.run.images[batch], self.run.labels[batch]))
-        self.masks.step()
+        batch, run = self.problem.indices[index], self.awm.run
+        run.descend((ALPHA, run.images[batch], run.labels[batch]))
+        self.awm.masks.step()
 
 
 class Descends(Official):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ class Mixed(NamedTuple):
     images: Tensor
     labels: Tensor
     other_labels: Tensor
-    weight: float
+    weight: float | Tensor
 
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
@@ -42,10 +42,19 @@ def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     """
     check_images("random_crop", images, generator)
     check_at_least("random_crop", "padding", padding, 0)
+    return crop_at(images, padding, draw_corners(len(images), padding, generator).to(images.device))
+
+
+def draw_corners(count: int, padding: int, generator: Generator) -> Tensor:
+    """The upper left corners (2, count, 1) of windows in padded images."""
+    return torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
+
+
+def crop_at(images: Tensor, padding: int, corners: Tensor) -> Tensor:
+    """The window of each padded image at its corner."""
     count, _, height, width = images.shape
-    corner = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(images.device)
-    rows = corner[0] + torch.arange(height, device=images.device)
-    columns = corner[1] + torch.arange(width, device=images.device)
+    rows = corners[0] + torch.arange(height, device=images.device)
+    columns = corners[1] + torch.arange(width, device=images.device)
     padded = F.pad(images.detach(), (padding,) * 4)
     index = torch.arange(count, device=images.device)[:, None, None]
     windows = padded[index, :, rows[:, :, None], columns[:, None, :]]  # (N, H, W, C)
@@ -64,10 +73,18 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
     [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
     """
     check_images("random_flip", images, generator)
-    mirrored = (torch.rand(len(images), generator=generator) < 0.5).nonzero().flatten().to(images.device)
-    result = images.detach().clone()
-    result[mirrored] = result[mirrored].flip(-1)
-    return result
+    return flip_where(images, draw_mirrored(len(images), generator).to(images.device))
+
+
+def draw_mirrored(count: int, generator: Generator) -> Tensor:
+    """Which of so many images are mirrored, (count,) bool."""
+    return torch.rand(count, generator=generator) < 0.5
+
+
+def flip_where(images: Tensor, mirrored: Tensor) -> Tensor:
+    """The images, mirrored left to right where it says so."""
+    images = images.detach()
+    return torch.empty_like(images).copy_(torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images))
 
 
 def cutout(images: Tensor, generator: Generator, length: int | None = None) -> Tensor:
@@ -113,11 +130,19 @@ def mixup(images: Tensor, labels: Tensor, generator: Generator, alpha: float = 1
     """
     check_images("mixup", images, generator)
     check_labels("mixup", images, labels)
-    weight = _beta("mixup", alpha, generator)
-    order = torch.randperm(len(images), generator=generator)
-    blended = torch.lerp(images[order.to(images.device)], images, weight).clamp(0, 1)
-    mixed = torch.empty_like(images).copy_(blended.detach())
-    return Mixed(mixed, labels, labels[order.to(labels.device)], weight)
+    weight, partners = draw_mixup(len(images), generator, alpha)
+    return Mixed(blend(images, partners.to(images.device), weight), labels, labels[partners.to(labels.device)], weight)
+
+
+def draw_mixup(count: int, generator: Generator, alpha: float) -> tuple[float, Tensor]:
+    """λ, and with which image each of so many is mixed, (count,)."""
+    return _beta("mixup", alpha, generator), torch.randperm(count, generator=generator)
+
+
+def blend(images: Tensor, partners: Tensor, weight: float | Tensor) -> Tensor:
+    """``weight * x + (1 - weight) * x'``, x' being the partner of x."""
+    images = images.detach()
+    return torch.empty_like(images).copy_(torch.lerp(images[partners], images, weight).clamp(0, 1))
 
 
 def cutmix(images: Tensor, labels: Tensor, generator: Generator, alpha: float = 1.0, probability: float = 1.0) -> Mixed:
@@ -144,16 +169,28 @@ def cutmix(images: Tensor, labels: Tensor, generator: Generator, alpha: float = 
     check_labels("cutmix", images, labels)
     if not 0 <= probability <= 1:
         raise ValueError(f"cutmix: probability must be in [0, 1]; got {probability}")
-    weight = _beta("cutmix", alpha, generator)
-    order = torch.randperm(len(images), generator=generator)
-    rows, columns = (_cut(size, weight, generator) for size in images.shape[2:])
-    mixed = images.detach().clone()
+    weight, partners, box = draw_cutmix(images.shape, generator, alpha)
     if torch.rand((), generator=generator) >= probability:
-        return Mixed(mixed, labels, labels, 1.0)
-    mixed[:, :, rows, columns] = images.detach()[:, :, rows, columns][order.to(images.device)]
-    area = (rows.stop - rows.start) * (columns.stop - columns.start)
-    weight = 1 - area / (images.shape[2] * images.shape[3])
-    return Mixed(mixed, labels, labels[order.to(labels.device)], weight)
+        return Mixed(images.detach().clone(), labels, labels, 1.0)
+    mixed = paste(images, partners.to(images.device), box.to(images.device))
+    return Mixed(mixed, labels, labels[partners.to(labels.device)], weight)
+
+
+def draw_cutmix(shape: Sequence[int], generator: Generator, alpha: float) -> tuple[float, Tensor, Tensor]:
+    """The share of pixels that images (N, C, H, W) keep, the partner of each, and the box: top, bottom, left, right."""
+    weight = _beta("cutmix", alpha, generator)
+    partners = torch.randperm(shape[0], generator=generator)
+    (top, bottom), (left, right) = (_cut(size, weight, generator) for size in shape[2:])
+    weight = 1 - (bottom - top) * (right - left) / (shape[2] * shape[3])
+    return weight, partners, torch.tensor([top, bottom, left, right])
+
+
+def paste(images: Tensor, partners: Tensor, box: Tensor) -> Tensor:
+    """The images, each with its partner's pixels in the box."""
+    images = images.detach()
+    rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
+    inside = ((rows >= box[0]) & (rows < box[1])).unsqueeze(1) & (columns >= box[2]) & (columns < box[3])
+    return torch.empty_like(images).copy_(torch.where(inside, images[partners], images))
 
 
 def adversarial(
@@ -218,8 +255,8 @@ def _beta(name: str, alpha: float, generator: Generator) -> float:
     return float(drawn.beta(alpha, alpha)) if alpha > 0 else 1.0
 
 
-def _cut(size: int, weight: float, generator: Generator) -> slice:
-    """The pixels of one side of a box that covers ``1 - weight`` of a square image."""
+def _cut(size: int, weight: float, generator: Generator) -> tuple[int, int]:
+    """From where to where one side of a box reaches that covers ``1 - weight`` of a square image."""
     half = int(size * (1 - weight) ** 0.5) // 2
     centre = int(torch.randint(size, (), generator=generator))
-    return slice(max(centre - half, 0), min(centre + half, size))
+    return max(centre - half, 0), min(centre + half, size)

@@ -76,7 +76,7 @@ def _shown(value: Any) -> str:
 
 
 def _kind(field: Field) -> dict[str, Any]:
-    if field.type == "bool":
+    if field.type in ("bool", "bool | None"):
         return {"action": argparse.BooleanOptionalAction}
     read, shape = _READERS[field.type]
     return {"type": read, "metavar": shape}

@@ -3,6 +3,7 @@
 from maskops.purify._loop import NonFiniteError, Purification
 from maskops.purify._pruning import prune
 from maskops.purify._setting import MaskSetting, Setting
+from maskops.purify._sweep import sweep
 from maskops.purify.anp import ANPOptions, anp
 from maskops.purify.awm import AWMOptions, awm
 from maskops.purify.baselines import (
@@ -51,5 +52,6 @@ __all__ = [
     "nft",
     "prune",
     "rnp",
+    "sweep",
     "swm",
 ]

@@ -8,15 +8,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maskops._state import eval_mode, seeded_layers
-from maskops.augment import random_crop, random_flip
+from maskops.augment.basic import crop_at, draw_corners, draw_mirrored, flip_where
 from maskops.data import as_tensors
+from maskops.purify._draws import Batch, Drawn, Mix, stacked
+from maskops.purify._phase import Lane, Phase
+from maskops.purify._precision import precision
 from maskops.purify._setting import LAYERS, NOISE, Setting
 from maskops.purify._working import PixelModel
 
@@ -40,6 +44,8 @@ class Purification:
     options: all settings of the run, as values that JSON knows
     scores:  name -> what a mask was before it was pruned to zeros and ones, for :func:`maskops.purify.prune`; None for
              methods that don't prune
+    execution: phase -> how its steps ran: ``"CUDA graph"``, or ``"eager: "`` and why; empty for methods that only run
+             eagerly
     """
 
     model: nn.Module
@@ -49,6 +55,12 @@ class Purification:
     timings: dict[str, float]
     options: dict[str, Any]
     scores: dict[str, Tensor] | None = None
+    execution: dict[str, str] = field(default_factory=dict)
+
+    def explain(self) -> str:
+        """How the steps of each phase ran, a line each."""
+        width = max(map(len, self.execution), default=0)
+        return "\n".join(f"{phase:<{width}}  {how}" for phase, how in self.execution.items())
 
 
 class Run:
@@ -80,6 +92,8 @@ class Run:
         self.generator = torch.Generator(device="cpu").manual_seed(setting.seed)
         self.noise_generator = torch.Generator(device=self.device).manual_seed(setting.seed + NOISE)
         self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed + LAYERS)
+        self.lane = Lane(self.device, [self.noise_generator])
+        self.execution: dict[str, str] = {}
         self.history: dict[str, list[float]] = {}
         self._noted: dict[str, list[Tensor]] = {}
         self._seconds: dict[str, float] = {}
@@ -148,25 +162,78 @@ class Run:
         self.images, self.labels = self.images[order[count:]], self.labels[order[count:]]
         return held_out
 
-    def batches(self, steps: int, batch_size: int) -> Iterator[Tensor]:
-        """Indices of ``steps`` batches, drawn with replacement, all at once."""
-        drawn = torch.randint(len(self.images), (steps, batch_size), generator=self.generator, device="cpu")
-        return iter(drawn.to(self.device, non_blocking=True))
+    def draw(self, steps: int, batch_size: int, mix: Mix | None = None) -> Drawn:
+        """The draws of so many steps, on the host: images with replacement, and what the setting's augmentation draws.
 
-    def one_pass(self, batch_size: int) -> Iterator[Tensor]:
-        """Indices of batches that together hold every clean image once, in random order; the last may be smaller."""
-        order = torch.randperm(len(self.images), generator=self.generator, device="cpu")
-        return iter(order.to(self.device, non_blocking=True).split(batch_size))
+        mix: further draws for each batch
+        """
+        index = torch.randint(len(self.images), (steps, batch_size), generator=self.generator, device="cpu")
+        return stacked([self._draw_augmentation(batch, mix) for batch in index])
 
-    def sample(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of a batch, augmented as the setting says, and their labels."""
-        images, padding = self.images[batch], self.setting.crop
-        padding = round(images.shape[2] / 8) if padding == "auto" else padding
-        if padding:
-            images = random_crop(images, padding, self.generator)
+    def _draw_augmentation(self, index: Tensor, mix: Mix | None = None) -> Drawn:
+        drawn = {"index": index}
+        if self._padding:
+            drawn["corners"] = draw_corners(len(index), self._padding, self.generator)
         if self.setting.flip:
-            images = random_flip(images, self.generator)
-        return images, self.labels[batch]
+            drawn["mirrored"] = draw_mirrored(len(index), self.generator)
+        if mix is not None:
+            drawn |= mix((len(index), *self.images.shape[1:]), self.generator)
+        return drawn
+
+    @property
+    def _padding(self) -> int:
+        return round(self.images.shape[2] / 8) if self.setting.crop == "auto" else self.setting.crop
+
+    def steps(
+        self,
+        name: str,
+        step: Callable[[Batch], dict[str, Tensor]],
+        count: int,
+        batch_size: int,
+        *,
+        mix: Mix | None = None,
+        why_eager: str | None = None,
+        **how: Any,
+    ) -> Phase:
+        """A phase of so many steps, each on a batch of clean images drawn with replacement.
+
+        mix: further draws for each batch
+        how: ``before``, ``after`` and ``around`` of :class:`Phase`
+        """
+        draw = partial(self.draw, count, batch_size, mix)
+        return Phase(name, step, draw, self.lane, why_eager=self._why_eager or why_eager, **how)
+
+    @property
+    def _why_eager(self) -> str | None:
+        return None if self.setting.graphs else "graphs=False"
+
+    def varying(self, value: float) -> Tensor:
+        """A number that changes between phases, where a recorded step finds it."""
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+    def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
+        """So many batches, drawn with replacement, for steps that aren't a :class:`Phase`."""
+        drawn = torch.randint(len(self.images), (steps, batch_size), generator=self.generator, device="cpu")
+        return (self.batch_of(index) for index in drawn)
+
+    def one_pass(self, batch_size: int) -> Iterator[Batch]:
+        """Batches that together hold every clean image once, in random order; the last may be smaller."""
+        order = torch.randperm(len(self.images), generator=self.generator, device="cpu")
+        return (self.batch_of(index) for index in order.split(batch_size))
+
+    def batch_of(self, index: Tensor) -> Batch:
+        """These images as a batch on the device, with draws for their augmentation."""
+        drawn = self._draw_augmentation(index.cpu())
+        return Batch(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in drawn.items()})
+
+    def sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The images of a batch, augmented as the setting says, and their labels."""
+        images = self.images.index_select(0, batch.index)
+        if batch.corners is not None:
+            images = crop_at(images, self._padding, batch.corners)
+        if batch.mirrored is not None:
+            images = flip_where(images, batch.mirrored)
+        return images, self.labels.index_select(0, batch.index)
 
     def epochs(self, count: int) -> Iterator[int]:
         """0, 1, …, count - 1, behind a progress bar."""
@@ -195,25 +262,35 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase; at its end put the means of what was noted into the history, and stop if one is no number.
+        """Time steps that aren't a :class:`Phase`; at the end keep what was noted.
 
-        This is the one place where a run asks the device for a number.
+        This is the one place where they ask the device for a number.
         """
         start = time.perf_counter()
-        # a backward inside somebody's autocast would be cast
-        with self.seeded_layers(), torch.autocast(self.device.type, enabled=False):
+        with self.quiet():
             yield
-        for what, values in self._noted.items():
-            mean = float(torch.stack(values).mean())
+        self.keep(name, {what: torch.stack(values).cpu() for what, values in self._noted.items()}, start)
+        self._noted.clear()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within, torch draws, rounds and chooses algorithms as the run's setting says, whatever is set around it."""
+        # a backward inside somebody's autocast would be cast
+        with self.seeded_layers(), torch.autocast(self.device.type, enabled=False), precision(self.setting.tf32):
+            yield
+
+    def keep(self, name: str, numbers: dict[str, Tensor], start: float) -> None:
+        """Put the means of a phase's numbers into the history, and its time to the others; stop if one is no number."""
+        for what, values in numbers.items():
+            mean = float(values.mean())
             if not math.isfinite(mean):
                 where = f"in the {name} phase of epoch {self._epoch + 1}"
                 raise NonFiniteError(f"{self.method}: the {what} became {mean} {where}; the model is left as it was")
             self.history.setdefault(what, []).append(mean)
-        self._noted.clear()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def note(self, what: str, value: Tensor) -> None:
-        """Keep a number of this step, without waiting for it."""
+        """Keep a number of a step that isn't a :class:`Phase`'s, without waiting for it."""
         self._noted.setdefault(what, []).append(value.detach())
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
@@ -238,7 +315,8 @@ class Run:
         setting = {**asdict(self.setting), "device": str(self.device)}
         plain = {name: _plain(value) for name, value in (asdict(options) | setting).items()}
         options = {"method": self.method, **plain}
-        return Purification(model=model, history=self.history, timings=timings, options=options, **results)
+        how = {"timings": timings, "execution": self.execution}
+        return Purification(model=model, history=self.history, options=options, **how, **results)
 
     def _peak_bytes(self) -> int:
         if self.device.type == "cuda":

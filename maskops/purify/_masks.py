@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,9 @@ from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.lean import lean_autograd
 from maskops.nn import MASKED, NORMS
 from maskops.purify._depth import depths
+from maskops.purify._draws import Batch
 from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
+from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 from maskops.purify._working import WorkingModel, shared_copy
 
@@ -116,10 +119,20 @@ class MaskRun(Run):
         with lean_autograd(relu_bits=not self._learning):
             return self.model(images, trigger)
 
-    @torch.no_grad()
-    def predictions(self, batch_size: int) -> Tensor:
-        """The class that the working model gives each clean image."""
-        return torch.cat([self.logits(images).argmax(1) for images in self.images.split(batch_size)])
+    def predictions(self, into: Tensor, batch_size: int) -> Phase:
+        """A phase that writes the class that the working model gives each clean image, (N,)."""
+        count = len(self.images)
+        size = math.ceil(count / math.ceil(count / batch_size))
+        # all batches of one size, which a graph needs; the last image fills up the last of them
+        index = torch.arange(math.ceil(count / size) * size).clamp_(max=count - 1).view(-1, size)
+
+        @torch.no_grad()
+        def predict(batch: Batch) -> dict[str, Tensor]:
+            logits = self.logits(self.images.index_select(0, batch.index))
+            into.index_copy_(0, batch.index, logits.argmax(1))
+            return {}
+
+        return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager)
 
     def new_trigger(self) -> Tensor:
         return torch.zeros_like(self.images[:1]).requires_grad_()

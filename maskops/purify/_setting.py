@@ -25,6 +25,8 @@ class Setting:
     crop:      augment every batch: zeros of that many pixels around each image, then a random window of its size; 0 for
                none; ``"auto"`` is an eighth of the height, the usual 4 of 32
     flip:      augment every batch: mirror every other image, at random
+    graphs:    on a GPU, record the steps of AWM, SWM, ANP and NFT as CUDA graphs, which is faster and computes the same
+    tf32:      whether float32 layers on a GPU compute in TF32; None as torch is set: by default convolutions alone
     seed:      of everything that a run draws
     progress:  show a progress bar
     """
@@ -35,14 +37,17 @@ class Setting:
     std: Sequence[float] | None = None
     crop: int | Auto = 0
     flip: bool = False
+    graphs: bool = True
+    tf32: bool | None = None
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         number("purify", self, "seed", int, 0, 2**63 - 2 * NOISE)
         number("purify", self, "crop", int, 0, auto=True)
-        for name in ("flip", "progress"):
+        for name in ("flip", "graphs", "progress"):
             choice("purify", self, name, (True, False))
+        choice("purify", self, "tf32", (None, True, False))
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None:

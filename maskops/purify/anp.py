@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from maskops.optim import MaskSGD
+from maskops.purify._algorithm import complete
+from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional, settle
+from maskops.purify._phase import Phase
 from maskops.purify._pruning import kept, threshold_within
 from maskops.purify._setting import MaskSetting
 
@@ -123,36 +126,52 @@ def anp(
     >>> result.masks["1.neuron_mask"].sum().item()
     3.0
     """
-    chosen, setting = settle("anp", PRESETS, preset, options)
-    batch_statistics = chosen.statistics == "batch"
-    run = MaskRun("anp", model, clean_data, setting, batch_statistics=batch_statistics, biases="noise")
-    held_out = run.hold_out(chosen.held_out) if chosen.chooses_threshold else None
-    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-    if chosen.number is not None:
-        with run.named_errors():
-            kept(run.arena.masks, number=chosen.number)  # raises now, not after the run, if there are fewer neurons
-    alpha, epsilon = chosen.alpha, chosen.epsilon
-    bound = epsilon if chosen.project else None
-    masks = MaskSGD(run.arena, lr=chosen.lr, momentum=chosen.momentum)  # line 2: every mask is 1
+    return complete(ANP(model, clean_data, preset, on_epoch, options))
 
-    for epoch in run.epochs(chosen.epochs):  # line 3
-        with run.phase("masks"):
-            for batch in run.batches(chosen.steps, chosen.batch_size):  # line 4
-                images, labels = run.sample(batch)
-                run.draw_noise(epsilon)  # line 5
-                for _ in range(chosen.noise_steps):
-                    run.ascend_noise(images, labels, epsilon / chosen.noise_steps, bound)  # lines 6 to 9
-                losses = run.descend((alpha, images, labels), perturbed=(1 - alpha, images, labels))  # line 10
-                masks.step()  # lines 10, 11
-                run.note("clean loss", losses[0])
-                run.note("perturbed loss", losses[1])
-        run.report(on_epoch, epoch, run.model)
 
-    if held_out is not None:
-        hits = partial(run.hits, *held_out)
-        threshold = threshold_within(chosen.budget, run.arena.masks, hits, len(held_out[1]))
-        chosen = replace(chosen, threshold=threshold)
-    return run.finish(chosen, pruned=_pruned(run.arena.masks, chosen))  # lines 13, 14
+class ANP:
+    """Algorithm 1, whose lines are marked; the arguments are those of :func:`anp`."""
+
+    def __init__(
+        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: dict[str, Any]
+    ) -> None:
+        chosen, setting = settle("anp", PRESETS, preset, options)
+        statistics = chosen.statistics == "batch"
+        self.run = run = MaskRun("anp", model, clean_data, setting, batch_statistics=statistics, biases="noise")
+        self.held_out = run.hold_out(chosen.held_out) if chosen.chooses_threshold else None
+        self.options = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
+        if chosen.number is not None:
+            with run.named_errors():
+                kept(run.arena.masks, number=chosen.number)  # raises now, not after the run, if there are fewer neurons
+        self.masks = MaskSGD(run.arena, lr=chosen.lr, momentum=chosen.momentum)  # line 2: every mask is 1
+        self.on_epoch = on_epoch
+
+    def phases(self) -> Iterator[Phase]:
+        run, options = self.run, self.options
+        masks = run.steps("masks", self.step, options.steps, options.batch_size)
+        for epoch in run.epochs(options.epochs):  # line 3
+            yield masks
+            run.report(self.on_epoch, epoch, run.model)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:  # line 4
+        run, options = self.run, self.options
+        bound = options.epsilon if options.project else None
+        images, labels = run.sample(batch)
+        run.draw_noise(options.epsilon)  # line 5
+        for _ in range(options.noise_steps):
+            run.ascend_noise(images, labels, options.epsilon / options.noise_steps, bound)  # lines 6 to 9
+        clean, perturbed = (options.alpha, images, labels), (1 - options.alpha, images, labels)
+        clean_loss, perturbed_loss = run.descend(clean, perturbed=perturbed)  # line 10
+        self.masks.step()  # lines 10, 11
+        return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
+
+    def result(self) -> Purification:
+        options, scores = self.options, self.run.arena.masks
+        if self.held_out is not None:
+            hits = partial(self.run.hits, *self.held_out)
+            threshold = threshold_within(options.budget, scores, hits, len(self.held_out[1]))
+            options = replace(options, threshold=threshold)
+        return self.run.finish(options, pruned=_pruned(scores, options))  # lines 13, 14
 
 
 def _pruned(scores: Mapping[str, Tensor], options: ANPOptions) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskops.functional import project_onto_l1_ball, rescale_to_l1_ball
+from maskops.functional import project_onto_l1_ball, rescale_to_l1_ball, trigger_step_
 from maskops.optim import MaskAdam
+from maskops.purify._algorithm import complete
+from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, settle
+from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 
 
@@ -152,56 +156,83 @@ def awm(
     >>> sorted(result.masks), tuple(result.trigger.shape)
     (['0.mask'], (1, 1, 8, 8))
     """
-    chosen, setting = settle("awm", PRESETS, preset, options)
-    run = MaskRun("awm", model, clean_data, setting)
-    chosen = chosen.for_images(run.images)
-    alpha, beta, batch_size = chosen.alpha, chosen.beta, chosen.batch_size
-    together = chosen.branches == "concatenated"
-    masks = MaskAdam(run.arena, lr=chosen.lr, l1=chosen.gamma)  # line 1: every mask is 1
-
-    for epoch in run.epochs(chosen.epochs):  # line 2
-        with run.phase("inner"), run.frozen_masks():
-            trigger = run.new_trigger()  # line 3
-            inner_labels = run.predictions(batch_size) if chosen.inner_labels == "predicted" else run.labels
-            for batch in run.batches(chosen.inner_steps, batch_size):  # lines 4, 5
-                images, _ = run.sample(batch)
-                loss = F.cross_entropy(run.logits(images, trigger), inner_labels[batch])  # line 6
-                trigger = _ascend(trigger, loss, chosen)  # line 7
-                run.note("inner loss", loss)
-            trigger = _project(trigger.detach(), chosen)  # line 9
-
-        with run.phase("outer"):
-            for batch in run.batches(chosen.outer_steps, batch_size):  # line 10
-                clean, labels = run.sample(batch)
-                perturbed = (clean + trigger).clamp(0, 1) if chosen.clamp else clean + trigger
-                # line 11; the gradient of γ‖m‖₁ is part of the mask step
-                losses = run.descend((alpha, clean, labels), (beta, perturbed, labels), together=together)
-                masks.step()  # lines 12, 13
-                run.note("clean loss", losses[0])
-                run.note("perturbed loss", losses[1])
-
-        if (epoch + 1) % chosen.lr_decay_epochs == 0:
-            masks.param_groups[0]["lr"] *= chosen.lr_decay
-        run.report(on_epoch, epoch, run.model)
-
-    return run.finish(chosen, trigger=trigger)
+    return complete(AWM(model, clean_data, preset, on_epoch, options))
 
 
-def _ascend(trigger: Tensor, loss: Tensor, options: AWMOptions) -> Tensor:
+class AWM:
+    """Algorithm 1, whose lines are marked; the arguments are those of :func:`awm`."""
+
+    def __init__(
+        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: dict[str, Any]
+    ) -> None:
+        chosen, setting = settle("awm", PRESETS, preset, options)
+        self.run = MaskRun("awm", model, clean_data, setting)
+        self.options = chosen.for_images(self.run.images)
+        self.lr = self.run.varying(chosen.lr)
+        self.masks = MaskAdam(self.run.arena, self.lr, l1=chosen.gamma, capturable=True)  # line 1: every mask is 1
+        self.trigger = self.run.new_trigger()
+        self.inner_labels = self.run.labels.clone()
+        self.predictions = self.run.predictions(self.inner_labels, self.options.batch_size)
+        self.on_epoch = on_epoch
+
+    def phases(self) -> Iterator[Phase]:
+        run, options = self.run, self.options
+        once = {"before": self.begin, "after": self.project, "around": run.frozen_masks}
+        inner = run.steps("inner", self.inner, options.inner_steps, options.batch_size, **once)
+        outer = run.steps("outer", self.outer, options.outer_steps, options.batch_size)
+        for epoch in run.epochs(options.epochs):  # line 2
+            yield inner
+            yield outer
+            if (epoch + 1) % options.lr_decay_epochs == 0:
+                self.lr *= options.lr_decay
+            run.report(self.on_epoch, epoch, run.model)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self.trigger.zero_()  # line 3
+        if self.options.inner_labels == "predicted":
+            self.predictions.run()
+
+    def inner(self, batch: Batch) -> dict[str, Tensor]:  # lines 4, 5
+        images, _ = self.run.sample(batch)
+        labels = self.inner_labels.index_select(0, batch.index)
+        loss = F.cross_entropy(self.run.logits(images, self.trigger), labels)  # line 6
+        ascend(self.trigger, loss, self.options)  # line 7
+        return {"inner loss": loss}
+
+    def project(self) -> None:
+        project(self.trigger, self.options)  # line 9
+
+    def outer(self, batch: Batch) -> dict[str, Tensor]:  # line 10
+        options, trigger = self.options, self.trigger.detach()
+        clean, labels = self.run.sample(batch)
+        perturbed = (clean + trigger).clamp(0, 1) if options.clamp else clean + trigger
+        # line 11; the gradient of γ‖m‖₁ is part of the mask step
+        branches = (options.alpha, clean, labels), (options.beta, perturbed, labels)
+        clean_loss, perturbed_loss = self.run.descend(*branches, together=options.branches == "concatenated")
+        self.masks.step()  # lines 12, 13
+        return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
+
+    def result(self) -> Purification:
+        return self.run.finish(self.options, trigger=self.trigger)
+
+
+def ascend(trigger: Tensor, loss: Tensor, options: AWMOptions) -> None:
+    """One step of the trigger up the loss, in place."""
     if options.trigger_penalty:
         loss = loss - options.trigger_penalty * trigger.norm()
     (gradient,) = torch.autograd.grad(loss, trigger)
-    trigger = trigger.detach() + options.inner_lr * gradient
+    trigger_step_(trigger, gradient, options.inner_lr)
     if options.project_every_step:
-        trigger = _project(trigger, options)
-    return trigger.requires_grad_()
+        project(trigger, options)
 
 
-def _project(trigger: Tensor, options: AWMOptions) -> Tensor:
+@torch.no_grad()
+def project(trigger: Tensor, options: AWMOptions) -> None:
+    """The trigger brought into its ball, in place."""
     if options.projection == "rescale":
-        return rescale_to_l1_ball(trigger, options.tau)
-    if options.projection == "project":
-        return project_onto_l1_ball(trigger, options.tau)
-    if options.projection == "l2":
-        return trigger * (options.tau / trigger.norm().clamp_min(options.tau))
-    return trigger
+        trigger.copy_(rescale_to_l1_ball(trigger, options.tau))
+    elif options.projection == "project":
+        trigger.copy_(project_onto_l1_ball(trigger, options.tau))
+    elif options.projection == "l2":
+        trigger.mul_(options.tau / trigger.norm().clamp_min(options.tau))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from maskops import augment
+from maskops.augment.basic import blend, draw_cutmix, draw_mixup, paste
 from maskops.optim import MaskSGD
+from maskops.purify._algorithm import complete
+from maskops.purify._draws import Batch, Drawn
 from maskops.purify._loop import OnEpoch, Purification, cosine
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional, settle
+from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 
 AUGMENTATIONS = ("mixup", "cutmix", "cutout", "augmix", "randaugment", "adversarial", "none")
@@ -134,36 +140,56 @@ def nft(
     >>> result.masks["1.neuron_mask"]
     tensor([1., 1., 1., 1.])
     """
-    chosen, setting = settle("nft", PRESETS, preset, options)
-    batch_statistics = chosen.statistics == "batch"
-    biases = "tune" if chosen.tune_bias else None
-    modes = {"batch_statistics": batch_statistics, "track_statistics": True}
-    run = MaskRun("nft", model, clean_data, setting, **modes, biases=biases)
-    chosen = chosen.for_labels(run.labels)
-    floors = run.arena.per_mask(_floors(run, chosen))
-    momentum = chosen.momentum
-    masks = MaskSGD(run.arena, lr=chosen.lr, momentum=momentum, l1=chosen.eta, toward=1.0, lower=floors)
-    optimizers: list[torch.optim.Optimizer] = [masks]
-    if run.biases:
-        optimizers.append(torch.optim.SGD(run.biases.values(), lr=chosen.lr, momentum=momentum))
+    return complete(NFT(model, clean_data, preset, on_epoch, options))
 
-    for epoch in run.epochs(chosen.epochs):
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = _learning_rate(epoch, chosen)
-        with run.phase("masks"):
-            for batch in run.batches(chosen.steps, chosen.batch_size):
-                mixed = _augmented(run, batch, chosen)
-                logits = run.logits(mixed.images)
-                own, other = F.cross_entropy(logits, mixed.labels), F.cross_entropy(logits, mixed.other_labels)
-                loss = mixed.weight * own + (1 - mixed.weight) * other
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step
-                    optimizer.zero_grad()
-                run.note("loss", loss)
-        run.report(on_epoch, epoch, run.model)
 
-    return run.finish(chosen)
+class NFT:
+    """The published fine-tuning of masks; the arguments are those of :func:`nft`."""
+
+    def __init__(
+        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: dict[str, Any]
+    ) -> None:
+        chosen, setting = settle("nft", PRESETS, preset, options)
+        statistics = chosen.statistics == "batch"
+        biases = "tune" if chosen.tune_bias else None
+        modes = {"batch_statistics": statistics, "track_statistics": True}
+        self.run = run = MaskRun("nft", model, clean_data, setting, **modes, biases=biases)
+        self.options = chosen = chosen.for_labels(run.labels)
+        floors = run.arena.per_mask(_floors(run, chosen))
+        self.lr = run.varying(chosen.lr)
+        momentum = chosen.momentum
+        masks = MaskSGD(run.arena, self.lr, momentum, l1=chosen.eta, toward=1.0, lower=floors)
+        self.optimizers = [masks]
+        if run.biases:
+            anywhere = {"lower": -math.inf, "upper": math.inf}
+            self.optimizers.append(MaskSGD(run.biases.values(), self.lr, momentum, **anywhere))
+        self.on_epoch = on_epoch
+
+    def phases(self) -> Iterator[Phase]:
+        run, options = self.run, self.options
+        draws = _DRAWS.get(options.augmentation)
+        mix = None if draws is None else partial(draws, alpha=options.mixup_alpha)
+        drawn_within = options.augmentation != "none" and mix is None
+        why_eager = f"{options.augmentation} draws on the host" if drawn_within else None
+        masks = run.steps("masks", self.step, options.steps, options.batch_size, mix=mix, why_eager=why_eager)
+        for epoch in run.epochs(options.epochs):
+            self.lr.fill_(_learning_rate(epoch, options))
+            yield masks
+            run.report(self.on_epoch, epoch, run.model)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        mixed = _augmented(self.run, batch, self.options)
+        logits = self.run.logits(mixed.images)
+        own, other = F.cross_entropy(logits, mixed.labels), F.cross_entropy(logits, mixed.other_labels)
+        loss = mixed.weight * own + (1 - mixed.weight) * other
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step
+            optimizer.zero_grad()
+        return {"loss": loss}
+
+    def result(self) -> Purification:
+        return self.run.finish(self.options)
 
 
 def _floors(run: MaskRun, options: NFTOptions) -> dict[str, float]:
@@ -182,14 +208,31 @@ def _learning_rate(epoch: int, options: NFTOptions) -> float:
     return options.cosine_to + (options.lr - options.cosine_to) * cosine(epoch, options.epochs)
 
 
-def _augmented(run: MaskRun, batch: Tensor, options: NFTOptions) -> augment.Mixed:
+def _draw_mixup(shape: tuple[int, ...], generator: Generator, alpha: float) -> Drawn:
+    weight, partners = draw_mixup(shape[0], generator, alpha)
+    return {"partners": partners, "weight": torch.tensor(weight)}
+
+
+def _draw_cutmix(shape: tuple[int, ...], generator: Generator, alpha: float) -> Drawn:
+    weight, partners, box = draw_cutmix(shape, generator, alpha)
+    torch.rand((), generator=generator)  # whether it is done at all: here always
+    return {"partners": partners, "weight": torch.tensor(weight), "box": box}
+
+
+_DRAWS = {"mixup": _draw_mixup, "cutmix": _draw_cutmix}
+
+
+def _augmented(run: MaskRun, batch: Batch, options: NFTOptions) -> augment.Mixed:
     images, labels = run.sample(batch)
-    kind, generator = options.augmentation, run.generator
-    if kind in ("mixup", "cutmix"):
-        return getattr(augment, kind)(images, labels, generator, options.mixup_alpha)
-    if kind == "adversarial":
+    if batch.partners is not None:
+        other_labels = labels.index_select(0, batch.partners)
+        weight = batch.weight.to(images.dtype)
+        if batch.box is not None:
+            return augment.Mixed(paste(images, batch.partners, batch.box), labels, other_labels, weight)
+        return augment.Mixed(blend(images, batch.partners, weight), labels, other_labels, weight)
+    if options.augmentation == "adversarial":
         with run.frozen_masks():
-            images = augment.adversarial(run.logits, images, labels, generator)
-    elif kind != "none":
-        images = getattr(augment, kind)(images, generator)
+            images = augment.adversarial(run.logits, images, labels, run.generator)
+    elif options.augmentation != "none":
+        images = getattr(augment, options.augmentation)(images, run.generator)
     return augment.Mixed(images, labels, labels, 1.0)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskops.optim import MaskAdam
+from maskops.purify._algorithm import complete
+from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, number, settle
+from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 
 
@@ -83,26 +87,41 @@ def swm(
     >>> sorted(swm(net, (images, labels), epochs=1, steps=2, progress=False).masks)
     ['0.mask']
     """
-    chosen, setting = settle("swm", PRESETS, preset, options)
-    run = MaskRun("swm", model, clean_data, setting)
-    epsilon, alpha = chosen.epsilon, chosen.alpha
-    beta = 1 - alpha if chosen.beta == "auto" else chosen.beta
-    batch_size = min(chosen.batch_size, len(run.images))
-    masks = MaskAdam(run.arena, lr=chosen.lr)
+    return complete(SWM(model, clean_data, preset, on_epoch, options))
 
-    for epoch in run.epochs(chosen.epochs):
-        with run.phase("masks"):
-            for batch in run.batches(chosen.steps, batch_size):
-                images, labels = run.sample(batch)
-                run.draw_noise(epsilon)
-                for _ in range(chosen.noise_steps):
-                    run.ascend_noise(images, labels, epsilon / chosen.noise_steps, epsilon)
-                losses = run.descend((alpha, images, labels), perturbed=(beta, images, labels))
-                masks.step()
-                run.note("clean loss", losses[0])
-                run.note("perturbed loss", losses[1])
-        if (epoch + 1) % chosen.lr_decay_epochs == 0:
-            masks.param_groups[0]["lr"] *= chosen.lr_decay
-        run.report(on_epoch, epoch, run.model)
 
-    return run.finish(chosen)
+class SWM:
+    """Eq. 4.1 as an algorithm; the arguments are those of :func:`swm`."""
+
+    def __init__(
+        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: dict[str, Any]
+    ) -> None:
+        chosen, setting = settle("swm", PRESETS, preset, options)
+        self.options, self.on_epoch = chosen, on_epoch
+        self.run = MaskRun("swm", model, clean_data, setting)
+        self.beta = 1 - chosen.alpha if chosen.beta == "auto" else chosen.beta
+        self.lr = self.run.varying(chosen.lr)
+        self.masks = MaskAdam(self.run.arena, self.lr, capturable=True)
+
+    def phases(self) -> Iterator[Phase]:
+        run, options = self.run, self.options
+        masks = run.steps("masks", self.step, options.steps, min(options.batch_size, len(run.images)))
+        for epoch in run.epochs(options.epochs):
+            yield masks
+            if (epoch + 1) % options.lr_decay_epochs == 0:
+                self.lr *= options.lr_decay
+            run.report(self.on_epoch, epoch, run.model)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        run, epsilon = self.run, self.options.epsilon
+        images, labels = run.sample(batch)
+        run.draw_noise(epsilon)
+        for _ in range(self.options.noise_steps):
+            run.ascend_noise(images, labels, epsilon / self.options.noise_steps, epsilon)
+        clean, perturbed = (self.options.alpha, images, labels), (self.beta, images, labels)
+        clean_loss, perturbed_loss = run.descend(clean, perturbed=perturbed)
+        self.masks.step()
+        return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
+
+    def result(self) -> Purification:
+        return self.run.finish(self.options)

@@ -120,12 +120,12 @@ def ibau(
     unlearned = run.trainable_copy().eval()
     parameters = list(unlearned.parameters())
     adam = torch.optim.Adam(parameters, lr=chosen.lr)
-    order = torch.arange(len(run.images), device=run.device).split(chosen.batch_size)
+    order = torch.arange(len(run.images)).split(chosen.batch_size)
 
     # the faster kernels of attention have no second derivatives
     with sdpa_kernel(SDPBackend.MATH):
         for epoch in run.epochs(chosen.epochs):
-            batches = [run.sample(batch) for batch in order]
+            batches = [run.sample(run.batch_of(index)) for index in order]
             with run.phase("inner"):
                 trigger = ascended(run, unlearned, batches, chosen)
             with run.phase("outer"):

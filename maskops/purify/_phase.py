@@ -1,0 +1,153 @@
+"""Steps of one kind in a row: what a purification spends its time on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from maskops.purify import _graphs
+from maskops.purify._draws import Batch, Drawn, batch_at
+
+WARM_UP = 3
+"""Steps before one is recorded: what is set up, tuned and allocated once is then there."""
+
+
+class Lane:
+    """What the phases of one run share on a GPU: a stream, so that several runs overlap, and memory for graphs."""
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
+        on_gpu = device.type == "cuda"
+        self.device = device
+        self.generators = [generator for generator in generators if generator.device.type == device.type]
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+
+    def stream(self) -> AbstractContextManager[object]:
+        """Within, work is queued on the run's stream."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def fork(self) -> None:
+        """What is queued on the run's stream from now on comes after what the caller has queued."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def join(self) -> None:
+        """What the caller queues from now on comes after what is queued on the run's stream."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def record(self, step: Callable[[], object]) -> _graphs.Graph:
+        return _graphs.record(step, self._stream, self._pool, self.generators)
+
+
+class Phase:
+    """Steps of one kind, each with draws of its own, that leave numbers behind.
+
+    Nothing here waits for the device: draws are made for all steps at once, a step finds its own by a counter on the
+    device and writes its numbers beside those of the others. The first steps run as they are; then, on a GPU, one is
+    recorded as a graph, and the others, also of the next times, are replays of it. A step that can't be recorded goes
+    on as it is, and :attr:`execution` says why. :attr:`counter` (1,) is the number of the next step, :attr:`left` how
+    many are still to come.
+
+    name:      of errors and timings
+    step:      computes one step in place, on tensors that are there before and after it; returns numbers by name
+    draw:      makes the draws of all steps
+    lane:      where it runs
+    before, after: what is done once, before the first step and after the last
+    around:    a context for all three
+    why_eager: why steps can't be recorded, if that is known; None for trying
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[Batch], Mapping[str, Tensor]],
+        draw: Callable[[], Drawn],
+        lane: Lane,
+        *,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        why_eager: str | None = None,
+    ) -> None:
+        self.name, self.around = name, around
+        self._step, self._draw, self._lane = step, draw, lane
+        self._before, self._after = before, after
+        self._why_eager = why_eager or _graphs.why_not(lane.device)
+        self._graph: _graphs.Graph | None = None
+        self._warm = 0
+        self.counter = torch.zeros(1, dtype=torch.int64, device=lane.device)
+        self._drawn: Drawn = {}
+        self._names: tuple[str, ...] = ()
+        self._records: Tensor | None = None
+        self.left = 0
+
+    @property
+    def execution(self) -> str:
+        """How its steps run: as a CUDA graph, or eagerly and why."""
+        if self._graph is not None:
+            return "CUDA graph"
+        return f"eager: {self._why_eager}" if self._why_eager else "eager: too few steps to record one"
+
+    def run(self) -> None:
+        """All steps, within a phase of the same run, without numbers."""
+        self.start()
+        while self.left:
+            self.advance()
+        self.finish()
+
+    def start(self) -> None:
+        """Everything up to the first step."""
+        self._lane.fork()
+        with self._lane.stream():
+            if self._before is not None:
+                self._before()
+            drawn = self._draw()
+            if not self._drawn:
+                self._drawn = {name: tensor.to(self._lane.device) for name, tensor in drawn.items()}
+            else:  # where a recorded step looks for them
+                for name, tensor in drawn.items():
+                    self._drawn[name].copy_(tensor)
+            self.counter.zero_()
+        self.left = len(self._drawn["index"])
+
+    def advance(self) -> None:
+        """One step."""
+        self.left -= 1
+        with self._lane.stream():
+            if self._graph is None and self._why_eager is None and self._warm == WARM_UP:
+                self._record()
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._once()
+                self._warm = min(self._warm + 1, WARM_UP)
+
+    def _record(self) -> None:
+        try:
+            self._graph = self._lane.record(self._once)
+        except Exception as error:
+            self._why_eager = (str(error) or type(error).__name__).splitlines()[0]
+
+    def _once(self) -> None:
+        numbers = self._step(batch_at(self.counter, self._drawn))
+        if numbers:
+            row = torch.stack([number.detach() for number in numbers.values()])
+            if self._records is None:
+                self._names = tuple(numbers)
+                self._records = row.new_zeros(len(self._drawn["index"]), len(row))
+            self._records.index_copy_(0, self.counter, row.unsqueeze(0))
+        self.counter.add_(1)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Everything after the last step; returns each number of every step. This is where the host waits."""
+        with self._lane.stream():
+            if self._after is not None:
+                self._after()
+        self._lane.join()
+        if self._records is None:
+            return {}
+        return dict(zip(self._names, self._records.cpu().unbind(1), strict=True))

@@ -1,0 +1,62 @@
+"""Several purifications of one model at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskops.purify._algorithm import complete_together
+from maskops.purify._loop import NonFiniteError, Purification
+from maskops.purify.anp import ANP
+from maskops.purify.awm import AWM
+from maskops.purify.nft import NFT
+from maskops.purify.swm import SWM
+
+ALGORITHMS = {"awm": AWM, "swm": SWM, "anp": ANP, "nft": NFT}
+"""The methods that learn masks, whose steps can be run side by side."""
+
+
+@torch.enable_grad()
+def sweep(
+    method: str,
+    model: nn.Module,
+    clean_data: Any,
+    runs: Sequence[Mapping[str, Any]],
+    *,
+    preset: str = "paper",
+    **options: Any,
+) -> list[Purification | NonFiniteError]:
+    """Purify one model several times, with other seeds or options each time, over one copy of its weights.
+
+    A step of a small network leaves most of a GPU idle: there the runs are on streams of their own, side by side, and
+    each is recorded as CUDA graphs. On a CPU they come one after the other. The result of a run doesn't depend on the
+    others, but for layers that draw, such as dropout in train mode, which on a GPU draw from one stream.
+
+    method:     ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
+    model, clean_data, preset: as in :func:`maskops.purify.awm`
+    runs:       what each run has of its own, such as ``[{"seed": 0}, {"seed": 1}]``; at least one
+    options:    what all runs have in common
+    returns:    a :class:`maskops.purify.Purification` for each run, or the NonFiniteError that ended it. Their timings
+                are those of all runs together, where they ran side by side
+    errors:     ValueError for a method that can't be swept and for no runs; otherwise as in the method
+
+    >>> images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> results = sweep("awm", net, (images, labels), [{"tau": 5.0}, {"tau": 10.0}], epochs=1, progress=False)
+    >>> [result.options["tau"] for result in results]
+    [5.0, 10.0]
+    """
+    if method not in ALGORITHMS:
+        raise ValueError(f"sweep: method must be one of {', '.join(ALGORITHMS)}; got {method!r}")
+    if not runs:
+        raise ValueError("sweep: expected at least one run; got none")
+    algorithms: list[Any] = []
+    for own in runs:
+        # one progress bar stands for all
+        shown = {"progress": False} if algorithms else {}
+        algorithms.append(ALGORITHMS[method](model, clean_data, preset, None, {**options, **own, **shown}))
+        algorithms[-1].run.arena.share_weight(algorithms[0].run.arena)
+    return complete_together(algorithms)

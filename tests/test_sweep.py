@@ -1,0 +1,82 @@
+"""Several purifications at once are those that would have come one after the other."""
+
+import graph_emulator
+import pytest
+import torch
+from helpers import tiny_network
+from torch import nn
+
+from maskops.purify import NonFiniteError, _algorithm, _graphs, anp, awm, sweep
+from maskops.purify.awm import AWM
+
+OPTIONS = {"epochs": 2, "batch_size": 5, "inner_steps": 5, "outer_steps": 4, "progress": False}
+RUNS = [{"seed": 0}, {"seed": 1, "epochs": 3}, {"tau": 2.0, "inner_steps": 7}]
+
+
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """As on a GPU: all runs at once, and their steps recorded."""
+
+    def complete_together(algorithms):
+        with pytest.MonkeyPatch.context() as patch:
+            for algorithm in algorithms:
+                patch.setattr(algorithm.run, "device", torch.device("cuda"))
+                patch.setattr(algorithm.run, "quiet", lambda: torch.autocast("cpu", enabled=False))
+            return _algorithm.complete_together(algorithms)
+
+    monkeypatch.setattr(_graphs, "why_not", lambda device: None)
+    monkeypatch.setattr(_graphs, "record", graph_emulator.record)
+    monkeypatch.setattr("maskops.purify._sweep.complete_together", complete_together)
+
+
+def assert_same(actual, expected):
+    assert actual.history == expected.history
+    assert all(torch.equal(actual.masks[name], mask) for name, mask in expected.masks.items())
+    assert torch.equal(actual.trigger, expected.trigger)
+
+
+@pytest.mark.parametrize("fixtures", [(), ("side_by_side",)], ids=["one after the other", "side by side"])
+def test_each_run_of_a_sweep_is_the_run_alone(fixtures, clean_data, request):
+    network = tiny_network()
+    alone = [awm(network, clean_data, **{**OPTIONS, **own}) for own in RUNS]
+    for fixture in fixtures:
+        request.getfixturevalue(fixture)
+    for result, expected in zip(sweep("awm", network, clean_data, RUNS, **OPTIONS), alone, strict=True):
+        assert_same(result, expected)
+        assert set(result.execution.values()) == {"CUDA graph"} or not fixtures
+
+
+@pytest.mark.parametrize("fixtures", [(), ("side_by_side",)], ids=["one after the other", "side by side"])
+def test_a_run_that_fails_doesn_t_end_the_others(fixtures, clean_data, request):
+    for fixture in fixtures:
+        request.getfixturevalue(fixture)
+    network = tiny_network()
+    alone = awm(network, clean_data, graphs=False, **OPTIONS)
+    runs = [{}, {"mean": (0, 0), "std": (1e-308, 1e-308)}]
+    good, bad = sweep("awm", network, clean_data, runs, **OPTIONS)
+    assert_same(good, alone)
+    assert isinstance(bad, NonFiniteError) and "in the " in str(bad)
+
+
+def test_the_runs_of_a_sweep_have_one_weight(clean_data, monkeypatch):
+    seen = []
+    monkeypatch.setattr("maskops.purify._sweep.complete_together", lambda algorithms: seen.extend(algorithms) or [])
+    sweep("awm", tiny_network(), clean_data, [{}, {"seed": 1}], **OPTIONS)
+    first, second = (algorithm.run.arena for algorithm in seen)
+    assert isinstance(seen[0], AWM) and first.weight is second.weight and first.mask is not second.mask
+
+
+def test_other_methods_and_no_runs_are_refused(clean_data):
+    with pytest.raises(ValueError, match=r"^sweep: method must be one of awm, swm, anp, nft; got 'ft'$"):
+        sweep("ft", nn.Flatten(), clean_data, [{}])
+    with pytest.raises(ValueError, match=r"^sweep: expected at least one run; got none$"):
+        sweep("awm", nn.Flatten(), clean_data, [])
+
+
+def test_anp_is_swept_too(clean_data):
+    options = {"epochs": 1, "steps": 2, "number": 1, "progress": False}
+    network = tiny_network()
+    results = sweep("anp", network, clean_data, [{"seed": 4}, {"alpha": 0.5}], **options)
+    alone = anp(network, clean_data, seed=4, **options)
+    assert all(torch.equal(results[0].scores[name], score) for name, score in alone.scores.items())
+    assert results[1].options["alpha"] == 0.5
