@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from helpers import tiny_network
 from torch import nn
 
 import maskops
-from maskops.purify import awm
+from maskops.purify import AWMOptions, awm
+from maskops.purify._masks import MaskRun
 
 
 def published(model, images, labels, *, epochs, steps, batch, tau, alpha, gamma, lr, clamp, predicted, seed):
@@ -256,3 +258,30 @@ def test_without_the_l1_term_it_is_the_ablation(clean_data):
     ablation = awm(model, clean_data, preset="swm_atr", epochs=2, progress=False)
     full = awm(model, clean_data, gamma=0.0, epochs=2, progress=False)
     assert all(torch.equal(mask, full.masks[name]) for name, mask in ablation.masks.items())
+
+
+def test_branches_follow_one_another_where_memory_for_both_at_once_runs_out(clean_data, monkeypatch):
+    network = tiny_network()
+    options = {"epochs": 1, "inner_steps": 1, "outer_steps": 3, "progress": False}
+    expected = awm(network, clean_data, branches="sequential", **options)
+    descend, calls = MaskRun.descend, []
+
+    def descend_in_little_memory(run, *branches, together=False):
+        calls.append(together)
+        if together:
+            run.arena.grad += 1  # what a backward left that was broken off
+            raise torch.OutOfMemoryError("out of memory")
+        return descend(run, *branches)
+
+    monkeypatch.setattr(MaskRun, "descend", descend_in_little_memory)
+    for_images = AWMOptions.for_images
+
+    def for_images_on_a_gpu(options, images):
+        return replace(for_images(options, images), branches=options.branches)
+
+    monkeypatch.setattr(AWMOptions, "for_images", for_images_on_a_gpu)
+    result = awm(network, clean_data, **options)
+    assert calls == [True, False, False, False] and result.options["branches"] == "sequential"
+    assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+    with pytest.raises(torch.OutOfMemoryError):
+        awm(network, clean_data, branches="concatenated", **options)

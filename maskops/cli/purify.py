@@ -228,6 +228,8 @@ def _conclude(
         raise RuntimeError(str(error)) from error
     print(report.measured(before, after))
     print(report.cost(result) + (f", DER {effectiveness:.3f} (0.5: no change)" if known else ""))
+    if str(result.options["device"]).startswith("cuda") and result.execution:
+        print(result.explain())
     if no_picture:
         print(f"no picture: {no_picture}")
     print(f"written to {out}: {', '.join(sorted(file.name for file in folder.iterdir()))}")

@@ -19,6 +19,7 @@ from maskops._state import eval_mode, seeded_layers
 from maskops.augment.basic import crop_at, draw_corners, draw_mirrored, flip_where
 from maskops.data import as_tensors
 from maskops.purify._draws import Batch, Drawn, Mix, stacked
+from maskops.purify._images import CleanImages
 from maskops.purify._phase import Lane, Phase
 from maskops.purify._precision import precision
 from maskops.purify._setting import LAYERS, NOISE, Setting
@@ -85,8 +86,8 @@ class Run:
         if self.low_dtype is not None and (self.low_dtype, parameter_dtype) != (torch.bfloat16, torch.float32):
             expected = f"the model's {parameter_dtype}, or bfloat16 over float32"
             raise TypeError(f"{method}: dtype must be {expected}; got {setting.dtype}")
-        images, self.labels = (tensor.to(self.device) for tensor in as_tensors(clean_data))
-        self.images = images.to(parameter_dtype, memory_format=torch.channels_last)
+        images, labels = as_tensors(clean_data)
+        self.images, self.labels = CleanImages(images, parameter_dtype, self.device), labels.to(self.device)
         with self.named_errors():
             self.mean, self.std = (self._per_channel(value) for value in (setting.mean, setting.std))
         self.generator = torch.Generator(device="cpu").manual_seed(setting.seed)
@@ -158,8 +159,9 @@ class Run:
             raise ValueError(f"{self.method}: holding out clean images needs at least 2 of them; got {n}")
         count = min(max(1, round(share * n)), n - 1)
         order = torch.randperm(n, generator=self.generator, device="cpu").to(self.device)
-        held_out = self.images[order[:count]], self.labels[order[:count]]
-        self.images, self.labels = self.images[order[count:]], self.labels[order[count:]]
+        held_out = self.images.at(order[:count]), self.labels[order[:count]]
+        self.images.keep(order[count:])
+        self.labels = self.labels[order[count:]]
         return held_out
 
     def draw(self, steps: int, batch_size: int, mix: Mix | None = None) -> Drawn:
@@ -228,7 +230,7 @@ class Run:
 
     def sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The images of a batch, augmented as the setting says, and their labels."""
-        images = self.images.index_select(0, batch.index)
+        images = self.images.at(batch.index)
         if batch.corners is not None:
             images = crop_at(images, self._padding, batch.corners)
         if batch.mirrored is not None:

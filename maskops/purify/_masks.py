@@ -128,8 +128,7 @@ class MaskRun(Run):
 
         @torch.no_grad()
         def predict(batch: Batch) -> dict[str, Tensor]:
-            logits = self.logits(self.images.index_select(0, batch.index))
-            into.index_copy_(0, batch.index, logits.argmax(1))
+            into.index_copy_(0, batch.index, self.logits(self.images.at(batch.index)).argmax(1))
             return {}
 
         return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager)

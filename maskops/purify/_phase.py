@@ -107,10 +107,10 @@ class Phase:
                 self._before()
             drawn = self._draw()
             if not self._drawn:
-                self._drawn = {name: tensor.to(self._lane.device) for name, tensor in drawn.items()}
+                self._drawn = {name: tensor.to(self._lane.device, non_blocking=True) for name, tensor in drawn.items()}
             else:  # where a recorded step looks for them
                 for name, tensor in drawn.items():
-                    self._drawn[name].copy_(tensor)
+                    self._drawn[name].copy_(tensor, non_blocking=True)
             self.counter.zero_()
         self.left = len(self._drawn["index"])
 

@@ -15,8 +15,9 @@ from maskops.functional import project_onto_l1_ball, rescale_to_l1_ball, trigger
 from maskops.optim import MaskAdam
 from maskops.purify._algorithm import complete
 from maskops.purify._draws import Batch
+from maskops.purify._images import CleanImages
 from maskops.purify._loop import OnEpoch, Purification
-from maskops.purify._masks import MaskRun
+from maskops.purify._masks import Branch, MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, settle
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
@@ -43,8 +44,8 @@ class AWMOptions:
     trigger_penalty: weight of -‖Δ‖₂ in the inner objective (D.6, which prints a plus: that would reward large triggers)
     clamp:         clamp x + Δ to [0, 1] in the outer phase
     branches:      the two losses of line 11 one after the other, ``"sequential"`` (half the activations), or as one
-                   batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU and
-                   concatenated on a GPU
+                   batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU, and on a GPU
+                   concatenated for as long as its memory suffices
     """
 
     alpha: float = 0.9
@@ -82,13 +83,12 @@ class AWMOptions:
         for name in ("project_every_step", "clamp"):
             choice("awm", self, name, (True, False))
 
-    def for_images(self, images: Tensor) -> AWMOptions:
+    def for_images(self, images: Tensor | CleanImages) -> AWMOptions:
         """The same options with every ``"auto"`` replaced by what it stands for on these images."""
         count, *size = images.shape
         batch_size = 16 if count < 100 else 32 if count < 500 else 128
         batch_size = min(batch_size if self.batch_size == "auto" else self.batch_size, count)
         five_passes = 5 * (count // batch_size)
-        branches = "sequential" if images.device.type == "cpu" else "concatenated"
         return replace(
             self,
             beta=1 - self.alpha if self.beta == "auto" else self.beta,
@@ -96,7 +96,7 @@ class AWMOptions:
             batch_size=batch_size,
             inner_steps=five_passes if self.inner_steps == "auto" else self.inner_steps,
             outer_steps=five_passes if self.outer_steps == "auto" else self.outer_steps,
-            branches=branches if self.branches == "auto" else self.branches,
+            branches="sequential" if self.branches == "auto" and images.device.type == "cpu" else self.branches,
         )
 
 
@@ -209,9 +209,20 @@ class AWM:
         perturbed = (clean + trigger).clamp(0, 1) if options.clamp else clean + trigger
         # line 11; the gradient of γ‖m‖₁ is part of the mask step
         branches = (options.alpha, clean, labels), (options.beta, perturbed, labels)
-        clean_loss, perturbed_loss = self.run.descend(*branches, together=options.branches == "concatenated")
+        clean_loss, perturbed_loss = self.descend(*branches)
         self.masks.step()  # lines 12, 13
         return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
+
+    def descend(self, *branches: Branch) -> list[Tensor]:
+        together = self.options.branches != "sequential"
+        try:
+            return self.run.descend(*branches, together=together)
+        except torch.OutOfMemoryError:
+            if not (together and self.options.branches == "auto"):
+                raise
+        self.options = replace(self.options, branches="sequential")
+        self.masks.zero_grad()
+        return self.run.descend(*branches)
 
     def result(self) -> Purification:
         return self.run.finish(self.options, trigger=self.trigger)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from maskops.purify._images import CleanImages
 from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._options import Auto, Preset, choice, number, settle
 from maskops.purify._setting import Setting
@@ -64,7 +65,7 @@ class IBAUOptions:
         choice("ibau", self, "inner_batch", ("same", "first"))
         choice("ibau", self, "project", (True, False))
 
-    def for_images(self, images: Tensor) -> IBAUOptions:
+    def for_images(self, images: CleanImages) -> IBAUOptions:
         """The same options with every ``"auto"`` replaced by what it stands for on these images."""
         count, *size = images.shape
         batch_size = min(self.batch_size, count)
