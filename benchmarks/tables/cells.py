@@ -12,6 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskops.purify._options import settle
 from maskops.purify.methods import METHODS
 
@@ -29,6 +31,7 @@ TABLES = {
     "nft7": "NFT Table 7: augmentations",
     "nft15": "NFT Table 15: architectures",
     "digits": "Every method on the demo's networks, which read handwritten digits; of no paper",
+    "precision": "Float32 against bfloat16 activations, on one of the demo's networks; of no paper",
 }
 AXES = ("net", "attack", "n", "method")
 ONE_SHOT_BATCH = 16
@@ -49,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for epsilon in (0.1, 0.4)
         for steps in (1, 2, 5, 10)
     },
+    **{f"{method}:bfloat16": {"dtype": torch.bfloat16} for method in ("awm", "nft")},
     **{f"nft:{name}": {"augmentation": name} for name in ("randaugment", "cutmix", "augmix", "cutout", "adversarial")},
 }
 """What a paper's row changes in a method."""
@@ -130,6 +134,12 @@ def places(table: str) -> list[tuple[str, str, str, str]]:
     """(net, attack, n, method) of every run that makes up a table."""
     if table == "digits":
         return [("digits", f"square_{seed}", "100", method) for seed in range(3) for method in METHODS]
+    if table == "precision":
+        return [
+            ("digits", "square_0", "100", f"{method}{dtype}")
+            for method in ("awm", "nft")
+            for dtype in ("", ":bfloat16")
+        ]
     found = ((net, attack.partition(":")[0], n, method) for net, attack, n, method in figures(table))
     # measurements of one attack, as several:any, are one run
     return [place for place in dict.fromkeys(found) if place[3] != "none"]

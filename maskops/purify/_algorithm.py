@@ -63,7 +63,8 @@ def side_by_side(pairs: Sequence[tuple[Run, Phase]]) -> list[NonFiniteError | No
     with ExitStack() as contexts:
         for run, _ in reversed(pairs):  # each goes on with its own seeds; within, those of the first are used
             contexts.enter_context(run.quiet())
-        for _, phase in pairs:
+        for run, phase in pairs:
+            contexts.callback(run.lane.join)  # also when something is raised: nobody gets memory that is in use
             contexts.enter_context(phase.around())
             phase.start()
         while any(phase.left for _, phase in pairs):

@@ -218,7 +218,9 @@ class AWM:
         try:
             return self.run.descend(*branches, together=together)
         except torch.OutOfMemoryError:
-            if not (together and self.options.branches == "auto"):
+            # a step that is being recorded would keep what it began
+            recording = self.trigger.is_cuda and torch.cuda.is_current_stream_capturing()
+            if recording or not (together and self.options.branches == "auto"):
                 raise
         self.options = replace(self.options, branches="sequential")
         self.masks.zero_grad()
