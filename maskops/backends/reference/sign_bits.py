@@ -76,10 +76,12 @@ def max_pool_winners(input, kernel_size, stride, padding, dilation, ceil_mode) -
     along_rows, along_columns = kernel_size[1] * dilation[1], dilation[0]
     places = (rows.unsqueeze(1) * along_rows + columns * along_columns).view(-1)
     top, left = _corners(indices, stride, padding)
-    place = _look_up(places, indices).sub_(top * along_rows + left * along_columns)
-    if dilation[0] * dilation[1] > 1:
-        place = place.floor_divide_(dilation[0] * dilation[1])
-    return output, place.to(torch.uint8)
+    corners = top * along_rows + left * along_columns
+    gaps = dilation[0] * dilation[1]
+    if gaps == 1:  # a place in the window is at most 255: bytes, which wrap around, are all that is needed of the others
+        places, corners = places.bitwise_and(255).to(torch.uint8), corners.bitwise_and(255).to(torch.uint8)
+    place = _look_up(places, indices).sub_(corners)
+    return output, place if gaps == 1 else place.floor_divide_(gaps).to(torch.uint8)
 
 
 def max_pool_winners_backward(grad, winners, input_size, kernel_size, stride, padding, dilation) -> Tensor:
