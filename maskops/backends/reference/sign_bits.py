@@ -78,7 +78,7 @@ def max_pool_winners(input, kernel_size, stride, padding, dilation, ceil_mode) -
     top, left = _corners(indices, stride, padding)
     corners = top * along_rows + left * along_columns
     gaps = dilation[0] * dilation[1]
-    if gaps == 1:  # a place in the window is at most 255: bytes, which wrap around, are all that is needed of the others
+    if gaps == 1:  # a place in the window is at most 255: of the others bytes, which wrap around, are enough
         places, corners = places.bitwise_and(255).to(torch.uint8), corners.bitwise_and(255).to(torch.uint8)
     place = _look_up(places, indices).sub_(corners)
     return output, place if gaps == 1 else place.floor_divide_(gaps).to(torch.uint8)
