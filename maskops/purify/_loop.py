@@ -230,12 +230,16 @@ class Run:
 
     def sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The images of a batch, augmented as the setting says, and their labels."""
+        return self.sample_images(batch), self.labels.index_select(0, batch.index)
+
+    def sample_images(self, batch: Batch) -> Tensor:
+        """The images alone."""
         images = self.images.at(batch.index)
         if batch.corners is not None:
             images = crop_at(images, self._padding, batch.corners)
         if batch.mirrored is not None:
             images = flip_where(images, batch.mirrored)
-        return images, self.labels.index_select(0, batch.index)
+        return images
 
     def epochs(self, count: int) -> Iterator[int]:
         """0, 1, …, count - 1, behind a progress bar."""

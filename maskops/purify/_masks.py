@@ -66,6 +66,7 @@ class MaskRun(Run):
             self.check_labels(self.model)
         self.model.train(batch_statistics)
         self._perturbing = False
+        self._shares_of: dict[tuple, Tensor] = {}
         # in eval mode too, such a norm computes with the statistics of its batch
         self._mixes_batches = batch_statistics or any(
             isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
@@ -202,15 +203,22 @@ class MaskRun(Run):
         """
         if together and not self._mixes_batches:
             factors, images, labels = zip(*branches, strict=True)
-            parts = self.logits(torch.cat(images)).split([len(part) for part in images])
-            losses = [F.cross_entropy(part, label) for part, label in zip(parts, labels, strict=True)]
-            sum(factor * loss for factor, loss in zip(factors, losses, strict=True)).backward()
-            return [loss.detach() for loss in losses]
+            of_each_image = F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels), reduction="none")
+            sizes = tuple(map(len, images))
+            of_each_image.backward(self._shares(factors, sizes))
+            return [part.mean() for part in of_each_image.detach().split(sizes)]
         losses = [self._descend(*branch) for branch in branches]
         if perturbed is not None:
             with self.perturbed():
                 losses.append(self._descend(*perturbed))
         return losses
+
+    def _shares(self, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
+        """What each image's cross entropy counts in ``sum(factor * mean over the branch)``."""
+        if (factors, sizes) not in self._shares_of:
+            shares = [factor / size for factor, size in zip(factors, sizes, strict=True) for _ in range(size)]
+            self._shares_of[factors, sizes] = torch.tensor(shares, dtype=self.images.dtype, device=self.device)
+        return self._shares_of[factors, sizes]
 
     def _descend(self, factor: float, images: Tensor, labels: Tensor) -> Tensor:
         loss = F.cross_entropy(self.logits(images), labels)

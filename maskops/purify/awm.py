@@ -194,7 +194,7 @@ class AWM:
             self.predictions.run()
 
     def inner(self, batch: Batch) -> dict[str, Tensor]:  # lines 4, 5
-        images, _ = self.run.sample(batch)
+        images = self.run.sample_images(batch)
         labels = self.inner_labels.index_select(0, batch.index)
         loss = F.cross_entropy(self.run.logits(images, self.trigger), labels)  # line 6
         ascend(self.trigger, loss, self.options)  # line 7
