@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def depths(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor]) -> dict[str, int]:
+def depths(model: Callable[[Tensor], Tensor], images: Tensor, weights: Mapping[str, Tensor]) -> dict[str, int]:
     """name -> how many functions that read one of the weights lie on the longest path from the images through this one.
 
     The first has depth 1; layers side by side, such as the two ends of a residual block's branches, may have the same.

@@ -65,6 +65,8 @@ class MaskRun(Run):
             self._prepare_biases(biases)
             self.check_labels(self.model)
         self.model.train(batch_statistics)
+        learned = [value for arena in self._noisy() for value in arena.effective_weights.values()]
+        self.model.make_tape(self.images[:2], [*learned, *self.biases.values()])
         self._perturbing = False
         self._shares_of: dict[tuple, Tensor] = {}
         # in eval mode too, such a norm computes with the statistics of its batch
@@ -228,7 +230,7 @@ class MaskRun(Run):
     def depths(self) -> dict[str, int]:
         """The depth of each mask's layer among the masked ones, from 1: see :func:`maskops.purify._depth.depths`."""
         with eval_mode(self.model), self.seeded_layers():
-            return depths(self.model, self.images[:2], self.arena.effective_weights)
+            return depths(self.model.plain, self.images[:2], self.arena.effective_weights)
 
     def indices(self) -> dict[str, int]:
         """The place of each mask among all, from 1, in the order of the model's parameters."""

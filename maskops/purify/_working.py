@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
+from maskops.purify._tape import Tape, untouched
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -98,6 +100,9 @@ class WorkingModel(PixelModel):
     ) -> None:
         super().__init__(network.requires_grad_(False), mean, std, dtype)
         self._first: str | None = None
+        self._tape: Tape | None = None
+        self.tape_reason: str | None = "none was made"
+        """Why the network runs under autograd; None where a tape takes its place."""
         self.eval()
         with torch.no_grad(), self._precision(example):
             seen = self.normalise(example).clone()
@@ -128,8 +133,45 @@ class WorkingModel(PixelModel):
         coarsest = images.dtype if self.dtype is None else self.dtype
         return bool(difference <= torch.finfo(coarsest).eps ** 0.5 * expected.abs().max().clamp_min(1))
 
+    def make_tape(self, example: Tensor, changing: Collection[Parameter] = ()) -> None:
+        """Run the network by a :class:`Tape` from now on, whenever it is in the modes that it is in now.
+
+        Not done where ``tape_reason`` says why, or where the logits of ``example`` come out otherwise. Gradients of
+        parameters then are added to their ``.grad``, whatever a backward was asked for.
+
+        changing: parameters that change from call to call, also while they require no gradient
+        """
+        self._tape = None
+        with torch.no_grad():
+            found = Tape.of(self.network, self.normalise(example), self.dtype, changing=changing)
+            if isinstance(found, str):
+                self.tape_reason = found
+                return
+            # both draw the same random numbers
+            with untouched(self.network, example.device):
+                expected = self(example)
+            self._tape = found
+            with untouched(self.network, example.device):
+                agrees = self._agrees(expected, example)
+        self.tape_reason = None if agrees else "its logits come out otherwise"
+        self._tape = found if agrees else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies have: the tape knows the layers of this one alone."""
+        return {**super().__getstate__(), "_tape": None, "tape_reason": "this is a copy"}
+
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
+        if self._tape is None or self.network.training != self._tape.training:
+            return self.plain(images, trigger)
+        shared = None
+        if trigger is not None:
+            images = images + trigger.detach()
+            shared = trigger if self.std is None else trigger / self.std
+        return self._tape(images if self.mean is None else (images - self.mean) / self.std, shared)
+
+    def plain(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
+        """The logits by the network's own forward, without the tape."""
         with self._precision(images):
             return self._network_logits(images, trigger).to(images.dtype)
 

@@ -1,0 +1,97 @@
+"""The step for everything that has no backward of its own: autograd runs it, over a graph of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from maskops.lean import lean_autograd
+from maskops.purify._tape.call import Call
+from maskops.purify._tape.steps import Step
+
+
+class Generic(Step):
+    """Consecutive nodes of a graph, run by autograd.
+
+    nodes:  in their order; ``get_attr`` nodes among them
+    inputs: what they read of others, with the values' numbers
+    outputs: what others read of them, with the values' numbers
+    slots:  of all parameters that they may read
+    precision: the context in which they compute
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[fx.Node],
+        inputs: dict[fx.Node, int],
+        outputs: dict[fx.Node, int],
+        slots: tuple[int, ...],
+        precision: Callable[[], Any],
+    ) -> None:
+        self.reads, self.writes, self.slots = tuple(inputs.values()), tuple(outputs.values()), slots
+        self._inputs = list(inputs)
+        self._outputs = list(outputs)
+        self._nodes = [(node, _function(node)) for node in nodes]
+        self._precision = precision
+
+    def forward(self, call: Call) -> None:
+        wanted = any(call.plan.needs[value] for value in self.writes)
+        values: dict[fx.Node, Any] = {}
+        leaves = []
+        for node, value in zip(self._inputs, self.reads, strict=True):
+            given = call.values[value]
+            if wanted and call.plan.needs[value] and isinstance(given, Tensor) and given.is_floating_point():
+                given = given.detach().requires_grad_()
+                leaves.append((value, given))
+            values[node] = given
+        with torch.set_grad_enabled(wanted), self._precision(), lean_autograd():
+            for node, function in self._nodes:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = function(*args, **kwargs)
+        kept = []
+        for node, value in zip(self._outputs, self.writes, strict=True):
+            output = values[node]
+            if isinstance(output, Tensor):
+                if output.requires_grad:
+                    kept.append((value, output))
+                output = output.detach()
+            call.values[value] = output
+        if wanted:
+            call.saved[self.writes[0]] = leaves, kept
+
+    def backward(self, call: Call) -> None:
+        leaves, kept = call.saved.pop(self.writes[0])
+        ends = [(output, call.take(value)) for value, output in kept]
+        ends = [(output, grad.to(output.dtype)) for output, grad in ends if grad is not None]
+        learned = [slot for slot in self.slots if call.plan.learned[slot]]
+        parameters = [call.parameters[slot] for slot in learned]
+        starts = [leaf for _, leaf in leaves] + parameters
+        grads: Sequence[Tensor | None] = [None] * len(starts)
+        if ends and starts:
+            outputs, grad_outputs = zip(*ends, strict=True)
+            del ends, kept
+            grads = torch.autograd.grad(outputs, starts, grad_outputs, allow_unused=True)
+        arrived = dict(zip([value for value, _ in leaves], grads, strict=False))
+        for value in self.reads:
+            call.deliver(value, arrived.get(value))
+        seen = set()
+        for slot, parameter, grad in zip(learned, parameters, grads[len(leaves) :], strict=True):
+            # one parameter under two names got its whole gradient twice
+            if grad is not None and id(parameter) not in seen:
+                call.add_to_parameter(slot, grad)
+            seen.add(id(parameter))
+
+
+def _function(node: fx.Node) -> Callable[..., Any]:
+    if node.op == "call_module":
+        return node.meta["module"]
+    if node.op == "call_function":
+        return node.target
+    if node.op == "get_attr":
+        owner, name = node.meta["owner"], node.meta["name"]
+        return lambda: getattr(owner, name)
+    name = node.target
+    return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)

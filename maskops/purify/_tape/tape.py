@@ -1,0 +1,150 @@
+"""The tape: a network's forward and backward as one function of autograd."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from maskops.purify._tape.call import Call, Casts, Plan
+from maskops.purify._tape.graph import RefusedError, traced
+from maskops.purify._tape.steps import Conv, plan
+from maskops.purify._tape.trace import Builder
+
+
+class Tape:
+    """The logits of a network whose parameters are frozen, but for those that require gradients.
+
+    The gradients of these are added to their ``.grad`` in the backward itself, whatever inputs that was asked for:
+    ``torch.autograd.grad`` doesn't return them, and hooks on them don't run. Gradients of images, and of a summand
+    that they share, are autograd's as ever, but can't be differentiated again.
+
+    Which parameters require gradients is looked up in each call, and so are the parameters themselves: another may
+    have taken the place of one that is there. The modes of the layers, and whether a layer has a bias, are those that
+    the tape was made with.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        example: Tensor,
+        dtype: torch.dtype | None = None,
+        gate: str | None = None,
+        changing: Sequence[Parameter] = (),
+    ) -> None:
+        self._device = example.device.type
+        precision = partial(torch.autocast, self._device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        built = Builder(traced(network, example, precision), precision)
+        self.training = network.training
+        self._steps, self._slots, self._logits, self._values = built.steps, built.slots, built.logits, built.values
+        gate = gate or ("output" if self._device == "cuda" else "bits")
+        if gate not in ("bits", "output"):
+            raise ValueError(f"gate must be 'bits' or 'output'; got {gate!r}")
+        self._bits = gate == "bits"
+        self._casts = Casts(dtype, changing)
+        counts = Counter(value for step in self._steps for value in step.reads) + Counter([self._logits])
+        self._readers = [counts[value] for value in range(self._values)]
+        first = [step for step in self._steps if 0 in step.reads]
+        self._linear_first = len(first) == 1 and isinstance(first[0], Conv) and first[0].reads == (0,)
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+
+    @classmethod
+    def of(
+        cls,
+        network: nn.Module,
+        example: Tensor,
+        dtype: torch.dtype | None = None,
+        gate: str | None = None,
+        changing: Sequence[Parameter] = (),
+    ) -> Tape | str:
+        """A tape of the network in its present modes, or a sentence that says why there can be none.
+
+        example:  (B, C, H, W), what the network is called with; it is run on this once
+        dtype:    of layers and activations, as by autocast; None for the network's own
+        gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches and is the default on CUDA, or
+                  ``"bits"``, one per element
+        changing: parameters that change from call to call, also while they require no gradient
+        """
+        try:
+            return cls(network, example, dtype, gate, changing)
+        except RefusedError as error:
+            return str(error)
+
+    def __call__(self, images: Tensor, shared: Tensor | None = None) -> Tensor:
+        """The logits of images.
+
+        shared: (1, C, H, W), a summand that every image already contains, for the sake of its gradient
+        """
+        parameters = [slot.get() for slot in self._slots]
+        learned = [parameter is not None and parameter.requires_grad for parameter in parameters]
+        needs_shared = shared is not None and shared.requires_grad
+        with torch.autocast(self._device, enabled=False):
+            if not torch.is_grad_enabled() or not (images.requires_grad or needs_shared or any(learned)):
+                nothing = self._plan(False, False, [False] * len(learned))
+                with torch.no_grad():
+                    return self._forward(Call(nothing, parameters, self._casts, self._readers, False), images)
+            plan = self._plan(images.requires_grad, needs_shared, learned)
+            call = Call(plan, parameters, self._casts, self._readers, self._bits)
+            watched = {id(p): p for p, is_learned in zip(parameters, learned, strict=True) if is_learned}
+            return _Taped.apply(self, call, images, shared, *watched.values())
+
+    def _plan(self, needs_images: bool, needs_shared: bool, learned: list[bool]) -> Plan:
+        key = needs_images, needs_shared, *learned
+        if key not in self._plans:
+            early = needs_shared and self._linear_first
+            how = {"needs_images": needs_images, "shared": needs_shared, "early": early}
+            self._plans[key] = plan(self._steps, self._values, learned, **how)
+        return self._plans[key]
+
+    def _forward(self, call: Call, images: Tensor) -> Tensor:
+        values = call.values
+        values[0] = images
+        for step in self._steps:
+            step.forward(call)
+            for value in step.frees:
+                values[value] = None
+        logits, values[self._logits] = values[self._logits], None
+        return logits.to(images.dtype)
+
+    def _backward(self, call: Call, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the images and of what they share."""
+        plan = call.plan
+        call.deliver(self._logits, grad)
+        for step in reversed(self._steps):
+            if any(plan.needs[value] for value in step.writes):
+                step.backward(call)
+        call.flush()
+        of_images = call.take(0)
+        if plan.shared and not plan.early and of_images is not None:
+            call.shared_grad = of_images.sum(0, keepdim=True)
+        return of_images, call.shared_grad
+
+
+class _Taped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tape, call, images, shared, *learned):
+        ctx.tape, ctx.call = tape, call
+        # autograd complains when they have changed before the backward
+        ctx.save_for_backward(*learned)
+        logits = tape._forward(call, images)
+        ctx.dtypes = images.dtype, None if shared is None else shared.dtype
+        return logits.clone() if logits is images else logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the tape's gradients can't be differentiated: create_graph=True is not supported")
+        learned = ctx.saved_tensors
+        call, ctx.call = ctx.call, None
+        with torch.autocast(ctx.tape._device, enabled=False):
+            of_images, of_shared = ctx.tape._backward(call, grad)
+        of_images = of_images if ctx.needs_input_grad[2] else None
+        casts = [
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip((of_images, of_shared), ctx.dtypes, strict=True)
+        ]
+        return None, None, *casts, *[None] * len(learned)
