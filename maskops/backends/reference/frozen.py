@@ -45,5 +45,7 @@ def relu_backward(grad: Tensor, gate: Tensor, addend: Tensor | None, upper: floa
         grad = grad + addend
     if gate.dtype == torch.uint8:
         return relu_bits_backward(grad, gate)
-    stops = gate == 0 if upper == math.inf else (gate == 0) | (gate == upper)
-    return grad.masked_fill(stops, 0)
+    if upper == math.inf:
+        return aten.threshold_backward(grad, gate, 0)
+    # laid out as the gradient is, unlike masked_fill's result
+    return torch.where((gate == 0) | (gate == upper), grad.new_zeros(()), grad)

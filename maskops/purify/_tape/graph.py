@@ -80,11 +80,15 @@ def _graph(network: nn.Module) -> fx.Graph:
             delattr(network, name)
         raise RefusedError("its forward makes tensors of its own")
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in list(graph.nodes):
-        # the tracer's check that an argument is its default, which it always is
-        if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert_is_none", "_assert"):
-            graph.erase_node(node)
     for node in placeholders[1:]:
+        # all that reads an optional argument is the tracer's check that it is its default, which it always is
+        for check in (node, *node.users):
+            for user in list(check.users):
+                if getattr(user.target, "__name__", "") in ("_assert_is_none", "_assert"):
+                    graph.erase_node(user)
+        for user in list(node.users):
+            if user.target is operator.eq and not user.users:
+                graph.erase_node(user)
         if node.users:
             raise RefusedError(f"its forward reads {node.target}")
         graph.erase_node(node)
@@ -128,8 +132,8 @@ def _describe(
     interpreter = _Describing(network, graph)
     with torch.no_grad(), precision(), untouched(network, example.device):
         logits = interpreter.run(example.clone())
-    if not isinstance(logits, Tensor) or not logits.dim() == 2:
-        raise RefusedError(f"it returns no tensor of logits but {type(logits).__name__}")
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise RefusedError("its forward returns something else than a tensor of logits")
     return interpreter.storages
 
 

@@ -140,6 +140,8 @@ class _Taped(torch.autograd.Function):
             raise RuntimeError("the tape's gradients can't be differentiated: create_graph=True is not supported")
         learned = ctx.saved_tensors
         call, ctx.call = ctx.call, None
+        if call is None:
+            raise RuntimeError("the tape's backward can't run a second time: what it kept is gone")
         with torch.autocast(ctx.tape._device, enabled=False):
             of_images, of_shared = ctx.tape._backward(call, grad)
         of_images = of_images if ctx.needs_input_grad[2] else None
