@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,22 +52,43 @@ class Timed:
 
 
 def interleaved(
-    timed: dict[Any, Timed], repeats: int, warmup: int, device: torch.device, flush: Tensor | None = None
+    timed: dict[Any, Timed],
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+    flush: Tensor | None = None,
+    failed: dict[Any, str] | None = None,
 ) -> dict[Any, Samples]:
     """Each step once, in turn, and all over again: what disturbs the machine disturbs everybody.
 
-    flush: written to before every step, to empty a GPU's cache; the GPU is then busy while a short step is launched
+    flush:  written to before every step, to empty a GPU's cache; the GPU is then busy while a short step is launched
+    failed: gets the reason of each step that raised, which then has no samples; None to let it raise
     """
-    for repetition in range(warmup):
-        for entry in timed.values():
-            entry.prepare(repetition)
-            entry.step(repetition)
     samples = {key: Samples([]) for key in timed}
-    for repetition in range(repeats):
+
+    def each(repetition: int, take: Callable[[Any, Step], Any]) -> None:
         for key, entry in timed.items():
-            entry.prepare(repetition)
-            samples[key].ms.append(milliseconds(partial(entry.step, repetition), device, flush))
+            if key not in samples:
+                continue
+            try:
+                entry.prepare(repetition)
+                take(key, partial(entry.step, repetition))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[key] = first_line(error)
+                del samples[key]
+
+    for repetition in range(warmup):
+        each(repetition, lambda key, step: step())
+    for repetition in range(repeats):
+        each(repetition, lambda key, step: samples[key].ms.append(milliseconds(step, device, flush)))
     return samples
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def milliseconds(step: Step, device: torch.device, flush: Tensor | None = None) -> float:
@@ -126,7 +147,14 @@ def peak_saved_bytes(step: Step, constants: Iterable[Tensor] = ()) -> int:
     return peak
 
 
-def peak_bytes(work: Callable[..., Any], *arguments: Any, device: torch.device) -> int:
+class Peak(NamedTuple):
+    """Bytes of tensors, and bytes that torch's allocator had taken from a GPU for them."""
+
+    allocated: int
+    reserved: int | None = None
+
+
+def peak_bytes(work: Callable[..., Any], *arguments: Any, device: torch.device) -> Peak:
     """The most memory that ``work(*arguments)()`` needs at one time, beyond what ``work(*arguments)`` left behind.
 
     On the CPU both run in a process of their own, so ``work`` is a function of a module. Memory there is what the
@@ -135,12 +163,26 @@ def peak_bytes(work: Callable[..., Any], *arguments: Any, device: torch.device) 
     if device.type == "cuda":
         step = work(*arguments)
         gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         step()
-        return torch.cuda.max_memory_allocated(device) - before
+        after = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return Peak(after[0] - before[0], after[1] - before[1])
     with environment("MALLOC_MMAP_THRESHOLD_", "65536"), multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_resident, (torch.get_num_threads(), work, *arguments))
+        return Peak(pool.apply(_peak_resident, (torch.get_num_threads(), work, *arguments)))
+
+
+def launches(step: Step) -> int:
+    """How many kernels, copies and fills a GPU runs in the step, those of CUDA graphs among them."""
+    activities = torch.profiler.ProfilerActivity
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    on_gpu = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    # ranges that somebody has named are drawn on the GPU's line too
+    return sum(not (event.is_user_annotation or event.name.startswith("Optimizer.")) for event in on_gpu)
 
 
 def _peak_resident(threads: int, work: Callable[..., Any], *arguments: Any) -> int:

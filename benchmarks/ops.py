@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.measure import Step, Timed, environment, full_float32, interleaved
+from benchmarks.measure import Step, Timed, environment, first_line, full_float32, interleaved
 from benchmarks.plan import OPS, plan
 from benchmarks.problem import why_not
-from benchmarks.results import Outcome, Row, aligned, first_line, make_row, say
+from benchmarks.results import Outcome, Row, aligned, make_row, say
 
 BACKENDS = ("cuda", "triton", "reference")
 WAYS = {"triton fused": "fused", "triton materialised": "materialised"}

@@ -20,8 +20,8 @@ from benchmarks.cases import (
     linear_cases,
     many_conv_cases,
 )
+from benchmarks.measure import first_line
 from benchmarks.networks import OTHERS, Placed, image_size, layers_of, why_not
-from benchmarks.results import first_line
 
 LAYERS: dict[type[nn.Module], dict[str, Callable[..., Iterator[Case]]]] = {
     nn.Conv2d: {

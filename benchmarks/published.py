@@ -1,4 +1,4 @@
-"""AWM as its authors published it, and what plain PyTorch can make of it.
+"""AWM as its authors published it, and what eager PyTorch can make of it.
 
 Written afresh after ``main.py`` and ``models/maskedconv.py`` of the AWM repository.
 """
@@ -6,7 +6,8 @@ Written afresh after ``main.py`` and ``models/maskedconv.py`` of the AWM reposit
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,21 @@ class PublishedConv2d(nn.Conv2d):
         return self._conv_forward(input, self.mask * self.weight, self.bias)
 
 
+class PublishedLinear(nn.Linear):
+    """The same for the linear layers of transformers, which the published code doesn't mask."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.mask * self.weight, self.bias)
+
+
+PUBLISHED = {nn.Conv2d: PublishedConv2d, nn.Linear: PublishedLinear}
+
+
 class Official:
     """AWM as its authors published it: float32, eager, contiguous images, nothing frozen."""
 
     memory_format = torch.contiguous_format
+    retain_graph = True
     begin = None
 
     def __init__(self, problem: Problem) -> None:
@@ -41,14 +53,15 @@ class Official:
         self.descent = self._optimizer()
         self.correct, self.total = 0, 0.0
 
-    def _mask(self, layer: nn.Conv2d) -> Parameter:
-        layer.__class__ = PublishedConv2d
+    def _mask(self, layer: nn.Module) -> Parameter:
+        layer.__class__ = PUBLISHED[type(layer)]
         layer.mask = Parameter(torch.ones_like(layer.weight))
         layer.noise = Parameter(torch.zeros_like(layer.weight))
         return layer.mask
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.masks.values(), lr=LR)
+        # over lists of tensors by itself on a GPU alone
+        return torch.optim.Adam(self.masks.values(), lr=LR, foreach=self.problem.as_gpu)
 
     def _state(self, mask: Parameter) -> dict[str, Tensor]:
         return adam_state(mask)
@@ -58,23 +71,30 @@ class Official:
         self.trigger.copy_(self.problem.trigger)
         for name, mask in self.masks.items():
             mask.copy_(self.problem.masks[name])
-            self.descent.state[mask] = self._state(mask)
+            state = self.descent.state[mask]
+            for key, value in self._state(mask).items():
+                # into the same memory, which a CUDA graph reads
+                state[key] = state[key].copy_(value) if key in state else value
 
     def logits(self, images: Tensor) -> Tensor:
         return self.model(images)
 
     def inner(self, index: int = 0) -> None:
-        images, _ = self.batches[index]
+        self.ascend(*self.batches[index])
+
+    def outer(self, index: int = 0) -> None:
+        self.descend(*self.batches[index])
+
+    def ascend(self, images: Tensor, _: Tensor) -> None:
         labels = self.logits(images).argmax(1)
         # kept until the next step overwrites them, and with them the graph
         self.perturbed_logits = self.logits(images + self.trigger)
-        self.loss = -F.cross_entropy(self.perturbed_logits, labels)
+        self.loss = torch.mean(-F.cross_entropy(self.perturbed_logits, labels))
         self.ascent.zero_grad()
-        self.loss.backward(retain_graph=True)
+        self.loss.backward(retain_graph=self.retain_graph)
         self.ascent.step()
 
-    def outer(self, index: int = 0) -> None:
-        images, labels = self.batches[index]
+    def descend(self, images: Tensor, labels: Tensor) -> None:
         perturbed = (images + self.trigger.detach()[0]).clamp(0, 1)
         self.descent.zero_grad()
         perturbed_logits, clean_logits = self.logits(perturbed), self.logits(images)
@@ -112,20 +132,27 @@ class Eager(Official):
             return self.model(images).float()
 
 
-class Careful(Eager):
-    """What plain PyTorch can do: nothing differentiated in vain, labels once per phase, no waiting, a fused Adam."""
+def adam_on_device(masks: Iterable[Parameter], problem: Problem) -> torch.optim.Optimizer:
+    """Adam in one launch or few, which counts its steps on the device."""
+    return torch.optim.Adam(masks, lr=LR, fused=True, capturable=problem.device.type == "cuda")
+
+
+class Lean(Official):
+    """The published procedure without its obvious waste: nothing differentiated in vain, labels once per phase, no
+    waiting for numbers, a fused Adam.
+    """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.model.requires_grad_(False)
 
-    def _mask(self, layer: nn.Conv2d) -> Parameter:
+    def _mask(self, layer: nn.Module) -> Parameter:
         mask = super()._mask(layer)
         del layer.noise
         return mask
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.masks.values(), lr=LR, fused=True)
+        return adam_on_device(self.masks.values(), self.problem)
 
     def _state(self, mask: Parameter) -> dict[str, Tensor]:
         return adam_state(mask, step_device=mask.device)
@@ -136,6 +163,7 @@ class Careful(Eager):
 
     @torch.no_grad()
     def begin(self) -> None:
+        self._train_masks(False)
         images = self.problem.images.contiguous(memory_format=self.memory_format)
         # chunks of one size, which a compiler needs to see only once
         self.labels = torch.cat([self.logits(part).argmax(1) for part in images.chunk(4)])
@@ -161,10 +189,37 @@ class Careful(Eager):
         self._clip()
 
 
-class Compiled(Careful):
-    """The careful procedure over ``torch.compile``."""
+class TF32(Lean):
+    """Lean, with TF32 in matrix products wherever convolutions have it, and cuDNN's choice by measurement."""
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        torch.compiler.reset()  # the limit of recompilations is per function, not per contestant
-        self.logits = torch.compile(super().logits, dynamic=False, fullgraph=True)
+    needs_cuda = True
+
+    def begin(self) -> None:
+        with fastest_float32():
+            super().begin()
+
+    def inner(self, index: int = 0) -> None:
+        with fastest_float32():
+            super().inner(index)
+
+    def outer(self, index: int = 0) -> None:
+        with fastest_float32():
+            super().outer(index)
+
+
+@contextmanager
+def fastest_float32() -> Iterator[None]:
+    """Inside, cuDNN measures its ways, and matrix products in float32 are as exact as convolutions, no more."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, products.allow_tf32
+    cudnn.benchmark, products.allow_tf32 = True, cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, products.allow_tf32 = before
+
+
+class Careful(Eager, TF32):
+    """All of that, channels_last and in the problem's dtype by autocast: the best of eager PyTorch."""
+
+    needs_cuda = False

@@ -6,17 +6,20 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.awm import AGAIN, PHASES
+from benchmarks import plots
+from benchmarks.groups import COMPILED, EAGER, fastest, measured_steps
 from benchmarks.ops import BACKENDS
 from benchmarks.results import Row, read
+from benchmarks.steps import AGAIN
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-PLAIN = ("eager", "careful", "compile")
-"""What can be done without this package."""
 
 
 def main(readme: Path, folder: Path, check: bool = False) -> int:
-    """Write the tables between the two marks of the README, or only find out whether they are up to date."""
+    """Write the tables between the two marks of the README, and a picture beside each CSV.
+
+    check: only find out whether the tables are up to date
+    """
     if not readme.exists():
         print(f"report: there is no {readme}", file=sys.stderr)
         return 1
@@ -25,8 +28,15 @@ def main(readme: Path, folder: Path, check: bool = False) -> int:
     if check and after != before:
         print(f"report: {readme} is out of date; run python -m benchmarks report", file=sys.stderr)
         return 1
-    if not check:
-        readme.write_text(after)
+    if check:
+        return 0
+    readme.write_text(after)
+    for path in sorted(folder.glob("*.csv")):
+        bars = plots.bars_of(measured_steps(read(path)))
+        reason = plots.write(path.with_suffix(".svg"), path.stem, bars) if bars else None
+        if reason is not None:
+            print(f"report: {reason}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -54,40 +64,31 @@ def device_report(rows: list[Row]) -> str:
     head = f"**{rows[0].device}**, threads {threads}, torch {torch}, Triton {triton}, maskops {maskops}"
     head += f" at revision {revision}, {date}"
     lines = [
-        "| network, batch, dtype | step | official ms | best plain ms | maskops ms | official / maskops | floor ms "
-        "| saved MB, official | saved MB, maskops |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network, batch, dtype | step | official ms | best eager | best compiled | maskops | official / maskops "
+        "| floor | saved MB, official | saved MB, maskops |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
-    for title, phase, by_name in awm_steps(rows):
+    for title, step, by_name in measured_steps(rows):
         official, ours, floor = (by_name.get(name) for name in ("official", "maskops", "floor"))
         if official is None or ours is None:
             continue
-        plain = min((by_name[name] for name in PLAIN if name in by_name), key=lambda row: row.ms, default=None)
-        cells = [title, phase, official.ms_p50, _ms(plain), f"**{ours.ms_p50}**", f"{official.ms / ours.ms:.2f}"]
+        plain = [fastest(by_name, names) for names in (EAGER, COMPILED)]
+        cells = [title, step, official.ms_p50, *map(_ms, plain), f"**{ours.ms_p50}**", f"{official.ms / ours.ms:.2f}"]
         lines.append(f"| {' | '.join([*cells, _ms(floor), official.saved_mb, ours.saved_mb])} |")
-        if plain is not None and plain.ms < ours.ms:
-            times = f"{plain.ms_p50} against {ours.ms_p50} ms"
-            notes.append(f"{title}, {phase}: `{plain.contestant}` is faster than maskops, {times}")
+        best = min((row for row in plain if row is not None), key=lambda row: row.ms, default=None)
+        if best is not None and best.ms < ours.ms:
+            times = f"{best.ms_p50} against {ours.ms_p50} ms"
+            notes.append(f"{title}, {step}: `{best.contestant}` is faster than maskops, {times}")
     notes += _noise(rows) + _lost_ops(rows)
     return "\n".join([head, "", *lines, "", *(f"- {note}." for note in notes)]).strip()
-
-
-def awm_steps(rows: Iterable[Row]) -> list[tuple[str, str, dict[str, Row]]]:
-    """(network, batch and dtype; phase; the rows by contestant) of each AWM step."""
-    found: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        if row.benchmark == "awm" and row.phase in PHASES:
-            title = f"{row.net}, {row.batch}, {row.dtype}"
-            found.setdefault((title, row.phase), {})[row.contestant] = row
-    return [(*key, by_name) for key, by_name in found.items()]
 
 
 def _noise(rows: Iterable[Row]) -> list[str]:
     """How far two timings of one contestant are apart, at worst."""
     apart = [
         abs(by_name[AGAIN].ms / by_name["maskops"].ms - 1)
-        for _, _, by_name in awm_steps(rows)
+        for _, _, by_name in measured_steps(rows)
         if AGAIN in by_name and "maskops" in by_name
     ]
     return [f"Noise: maskops timed twice in one run differs by up to {max(apart):.0%}"] if apart else []

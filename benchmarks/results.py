@@ -26,14 +26,21 @@ ROOT = Path(__file__).parent.parent
 class Row:
     """One measurement; numbers that don't exist are empty.
 
-    net:       a network, or the shape that an op works on
-    dtype:     of the run; the official contestant is float32 in every run
-    phase:     what was timed
-    saved_mb:  most megabytes (10⁶) that autograd held for a backward
-    peak_mb:   most megabytes of memory beyond the plain model and its images
+    method:      whose steps they are; empty for ops
+    net:         a network, or the shape that an op works on
+    dtype:       of the run; the official contestant is float32 in every run
+    phase:       what was timed
+    gflop, gb:   floating-point operations and bytes of tensors, counted, in 10⁹
+    tflops:      10¹² floating-point operations a second
+    of_matmul, of_copy: share of the rates of a large matrix product, and of a large copy, in the same run
+    launches:    kernels that ran on a GPU; elsewhere the ops that would each be at least one
+    saved_mb:    most megabytes (10⁶) that autograd held for a backward
+    peak_mb:     most megabytes of memory beyond the plain model and its images
+    reserved_mb: the same, of what torch's allocator took from a GPU
     """
 
     benchmark: str
+    method: str
     net: str
     batch: str
     dtype: str
@@ -42,8 +49,15 @@ class Row:
     ms_p50: str
     ms_p20: str
     ms_p80: str
+    gflop: str
+    gb: str
+    tflops: str
+    of_matmul: str
+    of_copy: str
+    launches: str
     saved_mb: str
     peak_mb: str
+    reserved_mb: str
     device: str
     threads: str
     torch: str
@@ -55,7 +69,7 @@ class Row:
     @property
     def run(self) -> tuple[str, ...]:
         """What is measured together, and so replaced together: times of two runs can't be compared."""
-        return self.benchmark, self.net, self.batch, self.dtype
+        return self.benchmark, self.method, self.net, self.batch, self.dtype
 
     @property
     def ms(self) -> float:
@@ -74,6 +88,26 @@ class Outcome:
 COLUMNS = [column.name for column in fields(Row)]
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much a step is, beside its time; None for what isn't known. Memory in bytes."""
+
+    flops: float | None = None
+    bytes: float | None = None
+    launches: int | None = None
+    saved: float | None = None
+    peak: float | None = None
+    reserved: float | None = None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device was seen to reach: floating-point operations, and bytes read and written, in a millisecond."""
+
+    flops: float
+    bytes: float
+
+
 def make_row(
     benchmark: str,
     net: str,
@@ -83,17 +117,30 @@ def make_row(
     phase: str,
     percentiles: tuple[float, float, float],
     device: torch.device,
-    saved: float | None = None,
-    peak: float | None = None,
+    method: str = "",
+    extent: Extent | None = None,
+    ceilings: Ceilings | None = None,
 ) -> Row:
-    """A row of the present machine, versions and revision; percentiles (20, 50, 80) in ms, memory in bytes."""
-    p20, p50, p80 = (_number(value) for value in percentiles)
-    saved_mb, peak_mb = ("" if value is None else _number(value / 1e6) for value in (saved, peak))
-    what = benchmark, net, str(batch), str(dtype).removeprefix("torch."), contestant, phase
-    return Row(*what, p50, p20, p80, saved_mb, peak_mb, *environment(device))
+    """A row of the present machine, versions and revision; percentiles (20, 50, 80) in ms."""
+    extent = extent or Extent()
+    p20, ms, p80 = percentiles
+    flops = extent.flops or None
+    shares = (None, None)
+    if ceilings is not None:
+        shares = _ratio(flops, ms * ceilings.flops), _ratio(extent.bytes, ms * ceilings.bytes)
+    amounts = _ratio(flops, 1e9), _ratio(extent.bytes, 1e9), _ratio(flops, 1e9 * ms), *shares, extent.launches
+    memory = (_ratio(size, 1e6) for size in (extent.saved, extent.peak, extent.reserved))
+    what = benchmark, method, net, str(batch), str(dtype).removeprefix("torch."), contestant, phase
+    return Row(*what, *map(_number, (ms, p20, p80, *amounts, *memory)), *environment(device))
 
 
-def _number(value: float) -> str:
+def _ratio(value: float | None, unit: float) -> float | None:
+    return None if value is None or not unit else value / unit
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
@@ -171,11 +218,6 @@ def read(path: Path) -> list[Row]:
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; got {reader.fieldnames}")
         return [Row(**row) for row in reader]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def say(what: str) -> None:

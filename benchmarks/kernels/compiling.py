@@ -14,7 +14,8 @@ from triton.runtime.driver import driver
 from benchmarks.kernels import sass
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.table import SHARED_MEMORY, Row, kernel_names
-from benchmarks.results import first_line, say
+from benchmarks.measure import first_line
+from benchmarks.results import say
 from maskops.backends.triton import _launch, blocks
 
 

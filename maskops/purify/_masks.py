@@ -66,7 +66,7 @@ class MaskRun(Run):
             self.check_labels(self.model)
         self.model.train(batch_statistics)
         learned = [value for arena in self._noisy() for value in arena.effective_weights.values()]
-        self.model.make_tape(self.images[:2], [*learned, *self.biases.values()])
+        self.model.make_tape(self.images[:2], [*learned, *self.biases.values()], setting.gate)
         self._perturbing = False
         self._shares_of: dict[tuple, Tensor] = {}
         # in eval mode too, such a norm computes with the statistics of its batch

@@ -63,6 +63,8 @@ class MaskSetting(Setting):
     layers:      as in :func:`maskops.mask_`; or ``"auto"``: the batch norms of a model that has any, otherwise its
                  convolutions, linear layers and layer norms; of either, those that can be masked
     include, exclude, granularity: as in :func:`maskops.mask_`
+    gate:        what each ReLU keeps for its backward: its ``"output"``, which takes fewer launches, or ``"bits"``, one
+                 per element; ``"auto"`` is the output on a GPU and bits on a CPU
     folded:      return plain layers with the masks folded in; otherwise masked layers
     """
 
@@ -70,11 +72,13 @@ class MaskSetting(Setting):
     include: str | Sequence[str] = "*"
     exclude: str | Sequence[str] = ()
     granularity: str = "weight"
+    gate: str = "auto"
     folded: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("purify", self, "granularity", GRANULARITIES)
+        choice("purify", self, "gate", ("auto", "output", "bits"))
         choice("purify", self, "folded", (True, False))
 
 

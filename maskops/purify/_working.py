@@ -133,17 +133,18 @@ class WorkingModel(PixelModel):
         coarsest = images.dtype if self.dtype is None else self.dtype
         return bool(difference <= torch.finfo(coarsest).eps ** 0.5 * expected.abs().max().clamp_min(1))
 
-    def make_tape(self, example: Tensor, changing: Collection[Parameter] = ()) -> None:
+    def make_tape(self, example: Tensor, changing: Collection[Parameter] = (), gate: str = "auto") -> None:
         """Run the network by a :class:`Tape` from now on, whenever it is in the modes that it is in now.
 
         Not done where ``tape_reason`` says why, or where the logits of ``example`` come out otherwise. Gradients of
         parameters then are added to their ``.grad``, whatever a backward was asked for.
 
         changing: parameters that change from call to call, also while they require no gradient
+        gate:     as for :class:`Tape`
         """
         self._tape = None
         with torch.no_grad():
-            found = Tape.of(self.network, self.normalise(example), self.dtype, changing=changing)
+            found = Tape.of(self.network, self.normalise(example), self.dtype, gate, changing)
             if isinstance(found, str):
                 self.tape_reason = found
                 return

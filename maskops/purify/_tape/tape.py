@@ -33,7 +33,7 @@ class Tape:
         network: nn.Module,
         example: Tensor,
         dtype: torch.dtype | None = None,
-        gate: str | None = None,
+        gate: str = "auto",
         changing: Sequence[Parameter] = (),
     ) -> None:
         self._device = example.device.type
@@ -41,10 +41,7 @@ class Tape:
         built = Builder(traced(network, example, precision), precision)
         self.training = network.training
         self._steps, self._slots, self._logits, self._values = built.steps, built.slots, built.logits, built.values
-        gate = gate or ("output" if self._device == "cuda" else "bits")
-        if gate not in ("bits", "output"):
-            raise ValueError(f"gate must be 'bits' or 'output'; got {gate!r}")
-        self._bits = gate == "bits"
+        self._bits = gate == "bits" or (gate == "auto" and self._device != "cuda")
         self._casts = Casts(dtype, changing)
         counts = Counter(value for step in self._steps for value in step.reads) + Counter([self._logits])
         self._readers = [counts[value] for value in range(self._values)]
@@ -58,15 +55,15 @@ class Tape:
         network: nn.Module,
         example: Tensor,
         dtype: torch.dtype | None = None,
-        gate: str | None = None,
+        gate: str = "auto",
         changing: Sequence[Parameter] = (),
     ) -> Tape | str:
         """A tape of the network in its present modes, or a sentence that says why there can be none.
 
         example:  (B, C, H, W), what the network is called with; it is run on this once
         dtype:    of layers and activations, as by autocast; None for the network's own
-        gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches and is the default on CUDA, or
-                  ``"bits"``, one per element
+        gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches, or ``"bits"``, one per element;
+                  ``"auto"`` is the output on a GPU
         changing: parameters that change from call to call, also while they require no gradient
         """
         try:
