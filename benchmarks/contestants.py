@@ -49,6 +49,7 @@ from benchmarks.variants import (
     Parametrized,
     ParametrizedCached,
 )
+
 Make = Callable[[Problem], Any]
 
 

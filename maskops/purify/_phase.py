@@ -135,7 +135,8 @@ class Phase:
     def _once(self) -> None:
         numbers = self._step(batch_at(self.counter, self._drawn))
         if numbers:
-            row = torch.stack([number.detach() for number in numbers.values()])
+            row, *others = (number.detach().view(1) for number in numbers.values())
+            row = torch.cat((row, *others)) if others else row
             if self._records is None:
                 self._names = tuple(numbers)
                 self._records = row.new_zeros(len(self._drawn["index"]), len(row))

@@ -158,8 +158,8 @@ class NFT:
         floors = run.arena.per_mask(_floors(run, chosen))
         self.lr = run.varying(chosen.lr)
         momentum = chosen.momentum
-        masks = MaskSGD(run.arena, self.lr, momentum, l1=chosen.eta, toward=1.0, lower=floors)
-        self.optimizers = [masks]
+        self.masks = MaskSGD(run.arena, self.lr, momentum, l1=chosen.eta, toward=1.0, lower=floors)
+        self.optimizers = [self.masks]
         if run.biases:
             anywhere = {"lower": -math.inf, "upper": math.inf}
             self.optimizers.append(MaskSGD(run.biases.values(), self.lr, momentum, **anywhere))
