@@ -134,7 +134,7 @@ class WorkingModel(PixelModel):
         return bool(difference <= torch.finfo(coarsest).eps ** 0.5 * expected.abs().max().clamp_min(1))
 
     def make_tape(self, example: Tensor, changing: Collection[Parameter] = (), gate: str = "auto") -> None:
-        """Run the network by a :class:`Tape` from now on, whenever it is in the modes that it is in now.
+        """Run the network by a :class:`Tape` from now on, whenever it is in its present modes and has no hooks.
 
         Not done where ``tape_reason`` says why, or where the logits of ``example`` come out otherwise. Gradients of
         parameters then are added to their ``.grad``, whatever a backward was asked for.
@@ -163,7 +163,7 @@ class WorkingModel(PixelModel):
 
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
-        if self._tape is None or self.network.training != self._tape.training:
+        if self._tape is None or not self._tape.fits():
             return self.plain(images, trigger)
         shared = None
         if trigger is not None:

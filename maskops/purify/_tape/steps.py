@@ -201,6 +201,27 @@ class MaxPool(Step):
         call.deliver(self.input, grad)
 
 
+class Mean(Step):
+    """The mean of each channel: (B, C, 1, 1) with ``keepdim``, else (B, C)."""
+
+    def __init__(self, input: int, output: int, keepdim: bool) -> None:
+        self.input, self.output, self.keepdim = input, output, keepdim
+        self.reads, self.writes = (input,), (output,)
+
+    def forward(self, call: Call) -> None:
+        input = call.values[self.input]
+        call.put(self.output, input.mean((2, 3), keepdim=self.keepdim))
+        if call.plan.needs[self.output]:
+            call.saved[self.output] = (input.shape,)
+
+    def backward(self, call: Call) -> None:
+        grad = call.take(self.output)
+        (shape,) = call.saved.pop(self.output, (None,))
+        if grad is not None:
+            grad = (grad / shape[2:].numel()).view(*shape[:2], 1, 1).expand(shape)
+        call.deliver(self.input, grad)
+
+
 class Linear(Step):
     """``input @ weight.T + bias``."""
 

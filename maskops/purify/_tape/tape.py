@@ -24,8 +24,8 @@ class Tape:
     that they share, are autograd's as ever, but can't be differentiated again.
 
     Which parameters require gradients is looked up in each call, and so are the parameters themselves: another may
-    have taken the place of one that is there. The modes of the layers, and whether a layer has a bias, are those that
-    the tape was made with.
+    have taken the place of one that is there. All else, such as the layers' modes, is as it was when the tape was
+    made; ``fits`` says whether it still is.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Tape:
         self._device = example.device.type
         precision = partial(torch.autocast, self._device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         built = Builder(traced(network, example, precision), precision)
-        self.training = network.training
+        self._modes = [(module, module.training) for module in network.modules()]
         self._steps, self._slots, self._logits, self._values = built.steps, built.slots, built.logits, built.values
         self._bits = gate == "bits" or (gate == "auto" and self._device != "cuda")
         self._casts = Casts(dtype, changing)
@@ -70,6 +70,13 @@ class Tape:
             return cls(network, example, dtype, gate, changing)
         except RefusedError as error:
             return str(error)
+
+    def fits(self) -> bool:
+        """Whether every layer is in the mode that the tape was made in, without hooks, which the tape wouldn't run."""
+        return all(
+            module.training is training and not module._forward_hooks and not module._forward_pre_hooks
+            for module, training in self._modes
+        )
 
     def __call__(self, images: Tensor, shared: Tensor | None = None) -> Tensor:
         """The logits of images.
