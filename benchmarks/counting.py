@@ -132,10 +132,10 @@ def scaled(small: Counts, large: Counts, small_batch: int, large_batch: int, bat
         raise ValueError(f"scaled: expected the same ops; got {small.ops} and {large.ops}, or in another order")
 
     def line(one: int, other: int) -> int:
-        slope, rest = divmod(other - one, large_batch - small_batch)
+        growth, rest = divmod((other - one) * (batch - small_batch), large_batch - small_batch)
         if rest:
             raise ValueError(f"scaled: {one} for {small_batch} images and {other} for {large_batch} are on no line")
-        return one + slope * (batch - small_batch)
+        return one + growth
 
     return Counts(
         tuple(

@@ -107,10 +107,12 @@ if [ -n "$check" ]; then
 else
     echo "== memcheck, racecheck, initcheck, synccheck: there is no compute-sanitizer"
 fi
+contestants="official lean tf32 careful compile compile-graphs functional graph maskops floor floor-graph"
 for dtype in bfloat16 float32; do
     for net in small_vgg resnet18; do
-        start "compile-$net-$dtype" 60 "$python" -m benchmarks awm --device cuda --net $net --dtype $dtype \
-            --repeats 1 --no-peaks --compile-limit 45 --out "$logs/unused/$net-$dtype"
+        # shellcheck disable=SC2086 # names without spaces
+        start "compile-$net-$dtype" 60 "$python" -m benchmarks steps --device cuda --net $net --dtype $dtype \
+            --contestants $contestants --repeats 1 --no-peaks --compile-limit 45 --out "$logs/unused/$net-$dtype"
     done
 done
 start compile-ops 65 "$python" -m benchmarks ops --device cuda --dtype bfloat16 float32 --processes "$processes" \
@@ -119,9 +121,17 @@ finish 0
 unset OMP_NUM_THREADS
 rm -rf "$logs/unused"
 
-part ops 100 "$python" -m benchmarks ops --device cuda --dtype bfloat16 float32 --repeats 15 --seconds 85 \
+# shellcheck disable=SC2086
+part steps 150 "$python" -m benchmarks steps --device cuda --net small_vgg resnet18 --dtype bfloat16 float32 \
+    --contestants $contestants --repeats 50 --compile-limit 30 --out "$out"
+# one that is at its limit leaves what it has measured until then
+part steps-resnet50 50 "$python" -m benchmarks steps --device cuda --net resnet50 --dtype bfloat16 --repeats 20 \
+    --contestants official careful graph maskops floor floor-graph --no-peaks --out "$out"
+part steps-anp 40 "$python" -m benchmarks steps --device cuda --method anp --net resnet18 --dtype bfloat16 --repeats 20 \
+    --contestants official lean careful maskops --loader --out "$out"
+part epoch 30 "$python" -m benchmarks epoch --device cuda --dtype bfloat16 --repeats 2 --out "$out"
+part ops 80 "$python" -m benchmarks ops --device cuda --dtype bfloat16 float32 --repeats 15 --seconds 70 \
     --out "$out"
-part awm 150 "$python" -m benchmarks awm --device cuda --dtype bfloat16 float32 --compile-limit 30 --out "$out"
 
 mv "$logs/all" "$out/log.txt"
 rm -rf "$logs"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from benchmarks.results import Row
 from benchmarks.steps import PHASES
 
-EAGER = ("eager", "lean", "tf32", "careful", "parametrize", "parametrize cached", "functional")
-COMPILED = ("naive", "naive graphs", "naive autotune", "compile", "compile graphs", "graph")
+EAGER = ("eager", "lean", "tf32", "careful", "parametrize", "parametrize-cached", "functional")
+COMPILED = ("naive", "naive-graphs", "naive-autotune", "compile", "compile-graphs", "graph")
 """What can be done without this package: op by op, and compiled or captured as a CUDA graph."""
 
 

@@ -83,6 +83,8 @@ def run(
     torch.compiler.reset()  # what an earlier run compiled
     admitted, preparing = _admit(problem, contestants, outcome, compile_limit)
 
+    if not admitted:
+        return outcome
     say(f"{net}: timing {', '.join(admitted)}")
     timed = ceilings.timed(dtype, device) | dict(_timed(problem, admitted))
     if loader:

@@ -1,4 +1,5 @@
-import copy
+"""The benchmark of single ops, and what all benchmarks share: rows, times, memory."""
+
 import doctest
 import math
 import multiprocessing
@@ -8,88 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from benchmarks import __main__ as command_line
-from benchmarks import awm, cases, measure, networks, ops, plan, problem, report, results
-from benchmarks.contestants import CONTESTANTS, Maskops
-from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, SECOND_MOMENT, make_problem
-from benchmarks.published import Official
+from benchmarks import cases, measure, networks, ops, plan, results
 from maskops import _dispatch
 
 CPU = torch.device("cpu")
-COMPARED = {name: make for name, make in CONTESTANTS.items() if name != "compile"}
-
-
-class ForgetsTheTrigger(Maskops):
-    def outer(self, index=0):
-        batch, run = self.problem.indices[index], self.awm.run
-        run.descend((ALPHA, run.images[batch], run.labels[batch]))
-        self.awm.masks.step()
-
-
-class Descends(Official):
-    def inner(self, index=0):
-        super().inner(index)
-        with torch.no_grad():
-            self.trigger.copy_(2 * self.problem.trigger - self.trigger)
 
 
 def rows(**changes):
-    made = results.make_row("awm", "small_vgg", 4, torch.float32, "official", "inner", (9.0, 10.0, 11.0), CPU, 2e6, 3e6)
+    extent = results.Extent(saved=2e6, peak=3e6)
+    what = "steps", "small_vgg", 4, torch.float32, "official", "inner"
+    made = results.make_row(*what, (9.0, 10.0, 11.0), CPU, method="awm", extent=extent)
     return [replace(made, **changes)]
-
-
-def test_contestants_agree_with_the_published_procedure_and_are_timed():
-    outcome = awm.run("small_vgg", 4, torch.float32, CPU, repeats=1, warmup=0, contestants=COMPARED, peaks=False)
-    assert not outcome.failed and not outcome.absent
-    timed = {(row.contestant, row.phase) for row in outcome.rows}
-    assert timed == {(name, phase) for name in (*COMPARED, awm.AGAIN) for phase in awm.PHASES}
-    saved = {(row.contestant, row.phase): float(row.saved_mb) for row in outcome.rows if row.saved_mb}
-    assert saved["maskops", "inner"] < saved["floor", "inner"] < saved["careful", "inner"] < saved["official", "inner"]
-    assert "maskops again" in awm.table(outcome)
-
-
-@pytest.mark.parametrize(("wrong", "where"), [(ForgetsTheTrigger, "features"), (Descends, "trigger")])
-def test_a_contestant_that_computes_something_else_gets_no_number(wrong, where, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(awm, "CONTESTANTS", {"wrong": wrong})
-    arguments = ["awm", "--net", "small_vgg", "--batch", "4", "--repeats", "1", "--no-peaks", "--out", str(tmp_path)]
-    assert command_line.main(arguments) == 1
-    assert f"wrong: no numbers, its {where}" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_published_steps_are_those_of_the_formulas():
-    """The definition that all contestants are held against, once more, by hand and in float64."""
-    given = make_problem("small_vgg", 4, torch.float32, CPU)
-    found = awm.first_steps(Official(given))
-    assert awm.disagreement(given, awm_by_hand(given), found)[1] < awm.TOLERANCE[torch.float32]
-
-
-def awm_by_hand(given):
-    model = copy.deepcopy(given.model).double()
-    weights = {name: model.get_submodule(name).weight.detach() for name in given.masks}
-    masks = {name: mask.double().requires_grad_() for name, mask in given.masks.items()}
-    images, labels = given.images[given.indices[0]].double(), given.labels[given.indices[0]]
-    trigger = given.trigger.double().requires_grad_()
-
-    def loss(images, labels):
-        effective = {f"{name}.weight": masks[name] * weight for name, weight in weights.items()}
-        logits = functional_call(model, effective, images)
-        return -logits.log_softmax(1)[range(len(labels)), labels].mean(), logits.argmax(1)
-
-    _, predicted = loss(images, labels)
-    (gradient,) = torch.autograd.grad(loss(images + trigger, predicted)[0], trigger)
-    trigger = (trigger + INNER_LR * gradient).detach()
-
-    total = ALPHA * loss(images, labels)[0] + BETA * loss((images + trigger).clamp(0, 1), labels)[0]
-    total = total + GAMMA * sum(mask.abs().sum() for mask in masks.values())
-    stepped = {}
-    for (name, mask), gradient in zip(masks.items(), torch.autograd.grad(total, list(masks.values())), strict=True):
-        # Adam from a zero first moment: m̂ = g, v̂ = (0.999 v + 0.001 g²) / 0.001
-        second = (0.999 * SECOND_MOMENT + 0.001 * gradient**2) / 0.001
-        stepped[name] = (mask - LR * gradient / (second.sqrt() + 1e-8)).clamp(0, 1).detach().float()
-    return {"trigger": trigger.float(), **stepped}
 
 
 @pytest.fixture
@@ -164,10 +96,10 @@ def test_a_gpu_has_masks_of_a_billion_weights_too():
 def test_a_missing_library_is_named(reference_alone, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(networks, "find_spec", lambda library: None)
     entries, absent = plan.plan(["resnet50", "small_vgg"], [2], torch.float32, CPU)
-    assert absent == {"resnet50": "it needs torchvision, which is not installed"} and entries
-    wanted = ["ops", "--net", "vit_large_patch16_224", "--ops", "l1_ball", "--repeats", "1", "--out", str(tmp_path)]
+    assert absent == {"resnet50": "it needs torchvision or transformers, which is not installed"} and entries
+    wanted = ["ops", "--net", "vit_l", "--ops", "l1_ball", "--repeats", "1", "--out", str(tmp_path)]
     assert command_line.main(wanted) == 0
-    assert "vit_large_patch16_224: no numbers, it needs timm, which is not installed" in capsys.readouterr().out
+    assert "vit_l: no numbers, it needs timm or transformers, which is not installed" in capsys.readouterr().out
     with pytest.raises(ImportError, match="no_library"):
         plan.plan(["no_library:net"], [2], torch.float32, CPU)
 
@@ -182,7 +114,7 @@ class ReadsNumbers(nn.Sequential):
 
 
 def test_networks_of_other_libraries_are_built_without_memory(monkeypatch):
-    monkeypatch.setattr(networks, "OTHERS", {"other": f"{__name__}:ReadsNumbers"})
+    monkeypatch.setattr(networks, "OTHERS", {"other": (f"{__name__}:ReadsNumbers",)})
     titles = [cases.layer_title(*placed) for placed in networks.layers_of("other", 5)]
     assert titles == [
         "conv 5x3x224x224 to 6, 3x3",
@@ -271,25 +203,13 @@ def allocate(megabytes):
 
 def test_peak_memory_on_the_cpu_is_that_of_the_step():
     assert multiprocessing.current_process().name == "MainProcess"
-    assert 60e6 < measure.peak_bytes(allocate, 64, device=CPU) < 80e6
+    assert 60e6 < measure.peak_bytes(allocate, 64, device=CPU).allocated < 80e6
 
 
 def test_time_limit_ends_what_takes_longer():
     with pytest.raises(TimeoutError, match="longer than 1 s"), measure.time_limit(1):
         while True:
             pass
-
-
-def test_what_would_mean_nothing_is_not_timed(monkeypatch, capsys):
-    assert "float16" in problem.why_not(torch.float16, CPU)
-    assert problem.why_not(torch.float32, CPU) is None
-    monkeypatch.setattr(awm, "why_not", lambda dtype, device: "this CPU has no arithmetic of its own in bfloat16")
-    outcome = awm.run("small_vgg", 4, torch.bfloat16, CPU, repeats=1, warmup=0)
-    assert not outcome.rows and not outcome.failed
-    assert "maskops: no numbers, this CPU has no arithmetic of its own in bfloat16" in awm.table(outcome)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command_line.main(["awm", "--device", "cuda"]) == 2
-    assert capsys.readouterr().err == "benchmarks: torch sees no CUDA device\n"
 
 
 def test_timings_alternate_and_give_percentiles():
@@ -305,49 +225,57 @@ def test_timings_alternate_and_give_percentiles():
     assert (measure.Samples([1.0]) + measure.Samples([30.0]) / 15).ms == [3.0]
 
 
-def test_report_is_made_from_the_rows(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    results.write(
-        rows(threads="7")
-        + rows(contestant="maskops", ms_p50="4", saved_mb="0.5", threads="2")
-        + rows(contestant=awm.AGAIN, ms_p50="4.4", saved_mb="", threads="2")
-        + rows(contestant="compile", ms_p50="3", threads="2")
-        + rows(contestant="floor", ms_p50="2.5", threads="2"),
-        tmp_path,
-    )
-    assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path), "--check"]) == 1
-    assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path)]) == 0
-    text = readme.read_text()
-    assert "threads 7 and 2," in text and "at revision" in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| small_vgg, 4, float32 | inner | 10 | 3 | **4** | 2.50 | 2.5 | 2 | 0.5 |" in text
-    assert "`compile` is faster than maskops, 3 against 4 ms" in text
-    assert "differs by up to 10%" in text
-    assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path), "--check"]) == 0
+def test_a_step_that_fails_is_dropped_and_the_others_are_timed():
+    def fails(repetition):
+        raise RuntimeError("no such luck\nat all")
+
+    timed = {"a": measure.Timed(fails), "b": measure.Timed(lambda repetition: None)}
+    failed = {}
+    samples = measure.interleaved(timed, repeats=2, warmup=1, device=CPU, failed=failed)
+    assert failed == {"a": "RuntimeError: no such luck"} and list(samples) == ["b"]
+    with pytest.raises(RuntimeError, match="no such luck"):
+        measure.interleaved(timed, repeats=1, warmup=0, device=CPU)
 
 
-def test_report_says_on_how_many_ops_we_lose():
-    made = []
-    for phase, ours in (("a forward", "8"), ("b forward", "15")):
-        made += rows(benchmark="ops", phase=phase, contestant="eager")
-        made += rows(benchmark="ops", phase=phase, contestant="triton", ms_p50=ours)
-        made += rows(benchmark="ops", phase=phase, contestant="reference", ms_p50="1")
-    assert "1 of 2 are slower than plain torch, at worst 1.50 times (b forward on" in report.device_report(made)
+def test_a_row_has_rates_and_shares_of_the_ceilings():
+    extent = results.Extent(flops=4e9, bytes=2e9, launches=7, reserved=5e6)
+    ceilings = results.Ceilings(flops=8e8, bytes=4e8)  # in a millisecond
+    row = results.make_row("steps", "n", 1, torch.float32, "a", "p", (9, 10, 11), CPU, extent=extent, ceilings=ceilings)
+    assert (row.gflop, row.gb, row.tflops, row.of_matmul, row.of_copy) == ("4", "2", "0.4", "0.5", "0.5")
+    assert (row.launches, row.reserved_mb, row.saved_mb, row.ms) == ("7", "5", "", 10.0)
 
 
-def test_report_without_results_is_empty(tmp_path):
-    text = f"{report.BEGIN}\n{report.END}"
-    assert report.between_marks(text, report.report(tmp_path)) == text
+def test_launches_on_a_gpu_are_those_that_the_profiler_sees(monkeypatch):
+    device_type = torch.autograd.DeviceType
+    events = [
+        type("Event", (), {"name": name, "device_type": device, "is_user_annotation": named})
+        for name, device, named in (
+            ("aten::mm", device_type.CPU, False),
+            ("sm90_gemm", device_type.CUDA, False),
+            ("Memcpy DtoD", device_type.CUDA, False),
+            ("Optimizer.step#Adam.step", device_type.CUDA, False),
+            ("mine", device_type.CUDA, True),
+        )
+    ]
+
+    class Profile:
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+        events = lambda self: events_seen  # noqa: E731
+
+    events_seen = events
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profile())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert measure.launches(lambda: None) == 2
 
 
-def test_report_needs_its_marks():
-    with pytest.raises(ValueError, match="expected one <!-- benchmarks:begin -->"):
-        report.between_marks("no marks", "content")
-
-
-def test_readme_agrees_with_the_results():
-    readme = results.ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("there is no README.md")
-    assert report.main(readme, results.FOLDER, check=True) == 0
+@pytest.mark.parametrize("net", ["resnet50", "convnext_l", "vit_l"])
+def test_networks_for_large_images_are_those_of_their_names(net):
+    pytest.importorskip("transformers")
+    weights = {"resnet50": 25.6e6, "convnext_l": 197.8e6, "vit_l": 304.3e6}
+    with torch.device("meta"):
+        model = networks.build(net)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(weights[net], rel=0.01)
+    kinds = {type(layer) for layer in networks.masked_layers(net, model).values()}
+    assert kinds == ({nn.Conv2d} if net == "resnet50" else {nn.Conv2d, nn.Linear})
+    assert networks.usual_batch(net) == (64 if net == "resnet50" else 32) and networks.image_size(net) == 224

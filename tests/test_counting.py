@@ -55,7 +55,8 @@ def test_views_empty_tensors_and_numbers_start_nothing():
     x = torch.ones(4, 6)
     counts = count(lambda: (x.t().reshape(24)[3:], x.view(3, 8), x.detach(), x.sum().item(), torch.empty(100)))
     assert counts.by_op == {"aten.clone": 1, "aten.sum": 1}
-    assert counts.peak == 4 * 6 * FLOAT + FLOAT + 100 * FLOAT or counts.peak >= 100 * FLOAT
+    # the clone lives on, the sum is gone before the last
+    assert counts.peak == (4 * 6 + 100) * FLOAT
 
 
 def test_an_op_of_ours_is_one_launch_with_the_work_of_its_reference():
@@ -109,7 +110,7 @@ def test_counts_of_two_batches_give_every_other():
         scaled(counts(2), count(lambda: None), 2, 4, 9)
     squares = [count(lambda size=size: torch.ones(size, size).cos()) for size in (2, 5)]
     with pytest.raises(ValueError, match="are on no line"):
-        scaled(*squares, 2, 6, 9)
+        scaled(*squares, 2, 7, 9)
 
 
 @pytest.mark.parametrize("phase", ["inner", "outer"])

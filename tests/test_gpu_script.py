@@ -52,7 +52,10 @@ def test_script_runs_every_part(tmp_path):
         "compile-resnet18-float32",
         "compile-ops",
         "ops",
-        "awm",
+        "steps",
+        "steps-resnet50",
+        "steps-anp",
+        "epoch",
     ):
         assert f"== {part}: exit 0" in run.stdout and f"==== {part}\n" in log
     assert "benchmarks.shard 2/3" in log and "tests-3" not in log
@@ -63,7 +66,7 @@ def test_script_runs_every_part(tmp_path):
 def test_a_failing_shard_fails_the_script_and_its_log_is_kept(tmp_path):
     run = run_script(tmp_path, "shard 1/3")
     assert run.returncode == 1 and run.stderr == "gpu.sh: failed: tests-1\n"
-    assert "== tests-1: exit 3 after" in run.stdout and "== awm: exit 0" in run.stdout
+    assert "== tests-1: exit 3 after" in run.stdout and "== steps: exit 0" in run.stdout
     assert "==== tests-1\ncalled with -m benchmarks.shard 1/3" in (tmp_path / "out" / "log.txt").read_text()
 
 
@@ -80,12 +83,12 @@ def test_memory_checkers_are_asked_where_there_are_any(tmp_path, says, code):
 
 
 def test_compiling_too_long_beforehand_is_no_failure(tmp_path):
-    for name in ("compile-ops", "awm"):
+    for name in ("compile-ops", "steps"):
         folder = tmp_path / name
         folder.mkdir()
         asked = "--processes" if name == "compile-ops" else "--compile-limit 30"
         run = run_script(folder, asked, 124)
-        assert f"== {name}: exit 124 after" in run.stdout and run.returncode == (name == "awm")
+        assert f"== {name}: exit 124 after" in run.stdout and run.returncode == (name == "steps")
 
 
 def test_script_needs_a_gpu_and_a_folder(tmp_path):
