@@ -122,9 +122,8 @@ def test_linear_layers_of_transformers_are_masked_by_everybody(monkeypatch):
 
 class ForgetsTheTrigger(Maskops):
     def outer(self, index=0):
-        batch = self.problem.indices[index]
-        self.run.descend((ALPHA, self.run.images[batch], self.run.labels[batch]))
-        self.masks.step()
+        self.run.descend((ALPHA, *self.run.sample(Batch(self.problem.indices[index]))))
+        self.algorithm.masks.step()
 
 
 class Descends(Official):

@@ -172,7 +172,7 @@ def test_a_rerun_replaces_its_rows_and_no_others(tmp_path):
 def test_results_of_other_columns_are_refused(tmp_path):
     path = tmp_path / "old.csv"
     path.write_text("net,ms\n")
-    with pytest.raises(ValueError, match=r"old\.csv: expected the columns benchmark, net"):
+    with pytest.raises(ValueError, match=r"old\.csv: expected the columns benchmark, method, net"):
         results.read(path)
 
 

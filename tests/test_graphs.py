@@ -26,10 +26,20 @@ def recorded(monkeypatch):
     return graphs
 
 
-def purified(method, clean_data, **options):
+def purified(method, clean_data, network=None, **options):
+    """The result, whose history has the logits that a measurement after each epoch finds."""
     torch.manual_seed(3)
-    options = {"epochs": 2, "batch_size": 5, "progress": False, **STEPS[method], **options}
-    return METHODS[method](tiny_network(), clean_data, **options)
+    network = tiny_network() if network is None else network
+    options = {"epochs": 3, "batch_size": 5, "progress": False, **STEPS[method], **options}
+    measured = []
+
+    def measure(epoch, model):
+        with torch.no_grad():
+            measured.append(model(clean_data[0].double()).tolist())
+
+    result = METHODS[method](network, clean_data, on_epoch=measure, **options)
+    result.history["measured"] = measured
+    return result
 
 
 def assert_same(actual, expected):
@@ -72,8 +82,7 @@ def test_dropout_draws_anew_in_every_replay(clean_data, request):
     images, labels = clean_data
     runs = []
     for _ in range(2):
-        options = {"epochs": 2, "steps": 8, "batch_size": 5, "progress": False}
-        runs.append(anp(network, (images.double(), labels), **options))
+        runs.append(purified("anp", (images.double(), labels), network, steps=8))
         request.getfixturevalue("recorded")
     assert runs[1].execution == {"masks": "CUDA graph"}
     assert_same(runs[1], runs[0])
@@ -90,6 +99,51 @@ def test_a_step_that_asks_for_a_number_goes_on_as_it_is(clean_data, recorded):
     reason = "eager: operation not permitted when stream is capturing: _local_scalar_dense"
     assert result.execution == {"inner": reason, "outer": reason}
     assert not recorded
+
+
+class AsksInItsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if float(grad.sum()) > 0 else grad.clone()
+
+
+class Asking(nn.Module):
+    def forward(self, x):
+        return AsksInItsBackward.apply(x)
+
+
+def test_a_recording_that_breaks_off_leaves_nothing_behind(clean_data, request):
+    network = nn.Sequential(*tiny_network()[:-1], Asking(), nn.Linear(6, 3)).double()
+    options = {"augmentation": "none", "tune_bias": True, "network": network}
+    eager = purified("nft", clean_data, **options)
+    request.getfixturevalue("recorded")
+    result = purified("nft", clean_data, **options)
+    assert "capturing" in result.execution["masks"]
+    assert_same(result, eager)
+
+
+def test_steps_that_wait_are_found_before_they_are_recorded(clean_data, recorded, monkeypatch):
+    def waits(step, device):
+        step()
+        return True
+
+    monkeypatch.setattr(_graphs, "waits", waits)
+    result = purified("awm", clean_data)
+    assert set(result.execution.values()) == {"eager: it waits for the device"} and not recorded
+
+
+@pytest.mark.parametrize("method", ["awm", "swm"])
+def test_a_learning_rate_that_has_decayed_to_nothing_moves_no_mask(method, clean_data, request):
+    for fixtures in ((), ("recorded",)):
+        for fixture in fixtures:
+            request.getfixturevalue(fixture)
+        once = purified(method, clean_data, epochs=1)
+        thrice = purified(method, clean_data, epochs=3, lr_decay=0.0, lr_decay_epochs=1)
+        assert all(torch.equal(thrice.masks[name], mask) for name, mask in once.masks.items())
 
 
 def test_augmentation_on_the_host_says_so(clean_data, recorded):

@@ -58,6 +58,45 @@ def test_a_run_that_fails_doesn_t_end_the_others(fixtures, clean_data, request):
     assert isinstance(bad, NonFiniteError) and "in the " in str(bad)
 
 
+def test_masks_that_are_no_numbers_end_their_own_run(clean_data, request):
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.unused = nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(2, 3, 1, bias=False)
+
+        def forward(self, x):
+            # the root of 0 has an infinite slope: the loss is a number, its gradient isn't
+            return self.conv(x).mean((2, 3)) + (self.unused(x.detach() * 0)).square().mean((2, 3)).sqrt()
+
+    request.getfixturevalue("side_by_side")
+    options = {"epochs": 1, "inner_steps": 1, "outer_steps": 1, "tau": 0.0, "progress": False}
+    good, bad = sweep("awm", Root(), clean_data, [{"exclude": "unused"}, {}], **options)
+    assert isinstance(bad, NonFiniteError) and torch.isfinite(good.masks["conv.mask"]).all()
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_runs_with_dropout_come_one_after_the_other(dropout, clean_data, side_by_side, monkeypatch):
+    network = nn.Sequential(tiny_network(), nn.Dropout(0.5) if dropout else nn.Identity()).double()
+    options = {"epochs": 1, "steps": 5, "number": 1, "progress": False}
+    together = []
+
+    def count(pairs, run=_algorithm.side_by_side):
+        together.append(len(pairs))
+        return run(pairs)
+
+    monkeypatch.setattr(_algorithm, "side_by_side", count)
+    assert len(sweep("anp", network, clean_data, [{"seed": 0}, {"seed": 1}], **options)) == 2
+    assert together == ([1, 1] if dropout else [2, 0])
+
+
+def test_runs_on_other_layers_keep_their_own_weights(clean_data):
+    network = tiny_network()
+    runs = [{"layers": "conv"}, {"layers": "linear"}]
+    alone = [awm(network, clean_data, **OPTIONS, **own) for own in runs]
+    for found, expected in zip(sweep("awm", network, clean_data, runs, **OPTIONS), alone, strict=True):
+        assert_same(found, expected)
+
+
 def test_the_runs_of_a_sweep_have_one_weight(clean_data, monkeypatch):
     seen = []
     monkeypatch.setattr("maskops.purify._sweep.complete_together", lambda algorithms: seen.extend(algorithms) or [])
@@ -71,6 +110,11 @@ def test_other_methods_and_no_runs_are_refused(clean_data):
         sweep("ft", nn.Flatten(), clean_data, [{}])
     with pytest.raises(ValueError, match=r"^sweep: expected at least one run; got none$"):
         sweep("awm", nn.Flatten(), clean_data, [])
+    with pytest.raises(ValueError, match=r"^sweep: all runs have one tf32: give it beside them$"):
+        sweep("awm", nn.Flatten(), clean_data, [{}, {"tf32": True}])
+    for runs in (5, [1], {"seed": 0}):
+        with pytest.raises(TypeError, match=r"^sweep: runs must be a list of options by name, such as .*; got .*$"):
+            sweep("awm", nn.Flatten(), clean_data, runs)
 
 
 def test_anp_is_swept_too(clean_data):

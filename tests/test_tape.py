@@ -357,6 +357,34 @@ class Answers(Net):
         return {"logits": self.linear(F.relu(self.first(x)).mean((2, 3)))}
 
 
+class RoundsStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Rounding(Net):
+    def between(self, x):
+        return RoundsStraightThrough.apply(self.second(x))
+
+
+class PartlyWithoutGradient(Net):
+    def between(self, x):
+        with torch.no_grad():
+            y = F.relu(x)
+        return self.second(x) + y
+
+
+class PartlyInBfloat16(Net):
+    def between(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.second(x)
+
+
 class Lists(Net):
     def between(self, x):
         parts = x.chunk(2, 1)
@@ -375,6 +403,9 @@ class Lists(Net):
         (OverwritingAView, "mul_ overwrites a value that second reads later"),
         (Answers, "its forward returns something else than a tensor of logits"),
         (Lists, "chunk hands several tensors on as one"),
+        (Rounding, "RoundsStraightThrough has a backward of its own"),
+        (PartlyWithoutGradient, "its forward sets torch's grad mode or autocast"),
+        (PartlyInBfloat16, "its forward sets torch's grad mode or autocast"),
     ],
 )
 def test_what_can_not_be_taped_is_refused_with_the_reason(build, reason):

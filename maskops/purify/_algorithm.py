@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
+from torch.nn.modules.dropout import _DropoutNd
+
 from maskops.purify._loop import NonFiniteError, Purification, Run
+from maskops.purify._masks import MaskRun
 from maskops.purify._phase import Phase
 
 
 class Algorithm(Protocol):
     """A paper's loop as phases: what :func:`complete` runs."""
 
-    run: Run
+    run: MaskRun
 
     def phases(self) -> Iterator[Phase]:
         """The phases in their order; what is done between them comes before and after the yields."""
@@ -37,8 +41,8 @@ def complete_together(algorithms: Sequence[Algorithm]) -> list[Purification | No
 
     returns: the result of each, or the error that ended it
     """
-    if any(algorithm.run.device.type != "cuda" for algorithm in algorithms):
-        return [_result_or_error(algorithm) for algorithm in algorithms]
+    if any(algorithm.run.device.type != "cuda" or _draws_in_layers(algorithm.run) for algorithm in algorithms):
+        return [_or_error(partial(complete, algorithm)) for algorithm in algorithms]
     going = {index: algorithm.phases() for index, algorithm in enumerate(algorithms)}
     errors: dict[int, NonFiniteError] = {}
     while going:
@@ -47,14 +51,19 @@ def complete_together(algorithms: Sequence[Algorithm]) -> list[Purification | No
         found = dict(zip(pairs, side_by_side(list(pairs.values())), strict=True))
         errors |= {index: error for index, error in found.items() if error is not None}
         going = {index: phases for index, phases in going.items() if index in pairs and index not in errors}
-    return [errors.get(index) or algorithm.result() for index, algorithm in enumerate(algorithms)]
+    return [errors.get(index) or _or_error(algorithm.result) for index, algorithm in enumerate(algorithms)]
 
 
-def _result_or_error(algorithm: Algorithm) -> Purification | NonFiniteError:
+def _or_error(compute: Callable[[], Purification]) -> Purification | NonFiniteError:
     try:
-        return complete(algorithm)
+        return compute()
     except NonFiniteError as error:
         return error
+
+
+def _draws_in_layers(run: MaskRun) -> bool:
+    """Whether layers draw from torch's own generator, of which there is one for all runs."""
+    return any(isinstance(layer, _DropoutNd) and layer.training for layer in run.model.modules())
 
 
 def side_by_side(pairs: Sequence[tuple[Run, Phase]]) -> list[NonFiniteError | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -32,7 +33,33 @@ def record(
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
-    # only this thread's mistakes, not what other threads allocate meanwhile
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        step()
+    try:
+        # only this thread's mistakes, not what other threads allocate meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            step()
+    except BaseException:
+        # some versions of torch leave them as within a recording, where nothing else can draw from them
+        for generator in (torch.cuda.default_generators[stream.device_index], *generators):
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph
+
+
+def waits(step: Callable[[], object], device: torch.device) -> bool:
+    """Run a step; returns whether it waited for the device, so that it can't be recorded."""
+    if device.type != "cuda":
+        step()
+        return False
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    found = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    for warning in caught:
+        if warning not in found:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return bool(found)

@@ -218,10 +218,13 @@ class Run:
         drawn = torch.randint(len(self.images), (steps, batch_size), generator=self.generator, device="cpu")
         return (self.batch_of(index) for index in drawn)
 
-    def one_pass(self, batch_size: int) -> Iterator[Batch]:
-        """Batches that together hold every clean image once, in random order; the last may be smaller."""
+    def one_pass(self, batch_size: int, least: int = 1) -> Iterator[Batch]:
+        """Batches that together hold every clean image once, in random order.
+
+        least: the last, which may be smaller, is left out if it is smaller than that
+        """
         order = torch.randperm(len(self.images), generator=self.generator, device="cpu")
-        return (self.batch_of(index) for index in order.split(batch_size))
+        return (self.batch_of(index) for index in order.split(batch_size) if len(index) >= least)
 
     def batch_of(self, index: Tensor) -> Batch:
         """These images as a batch on the device, with draws for their augmentation."""

@@ -213,6 +213,10 @@ class MaskRun(Run):
         if perturbed is not None:
             with self.perturbed():
                 losses.append(self._descend(*perturbed))
+            if (
+                self._shifts is not None
+            ):  # in the step itself, so that replays do it too; the mask step does the weights
+                self._shifts.refresh()
         return losses
 
     def _shares(self, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:

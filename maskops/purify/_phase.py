@@ -122,15 +122,19 @@ class Phase:
                 self._record()
             if self._graph is not None:
                 self._graph.replay()
-            else:
+                return
+            self._warm = min(self._warm + 1, WARM_UP)
+            if self._why_eager is not None or self._warm < WARM_UP:
                 self._once()
-                self._warm = min(self._warm + 1, WARM_UP)
+            elif _graphs.waits(self._once, self._lane.device):
+                self._why_eager = "it waits for the device"
 
     def _record(self) -> None:
         try:
             self._graph = self._lane.record(self._once)
         except Exception as error:
-            self._why_eager = (str(error) or type(error).__name__).splitlines()[0]
+            first = error.__context__ or error  # what made the recording fail, not that it failed
+            self._why_eager = (str(first) or type(first).__name__).splitlines()[0]
 
     def _once(self) -> None:
         numbers = self._step(batch_at(self.counter, self._drawn))

@@ -16,7 +16,7 @@ def precision(tf32: bool | None) -> Iterator[None]:
 
     Convolutions take the fastest algorithm that cuDNN finds by trying, unless torch is set to be deterministic.
     """
-    benchmark = _CUDNN.benchmark
+    benchmark, of_products = _CUDNN.benchmark, _matmul_precision()
     convolutions, recurrent, products = _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision, _PRODUCTS.fp32_precision
     try:
         _CUDNN.benchmark = not (torch.are_deterministic_algorithms_enabled() or _CUDNN.deterministic)
@@ -29,6 +29,15 @@ def precision(tf32: bool | None) -> Iterator[None]:
             _allow_tf32(convolutions == "tf32", products == "tf32")
             _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision = convolutions, recurrent
             _PRODUCTS.fp32_precision = products
+            if of_products is not None:
+                torch.set_float32_matmul_precision(of_products)
+
+
+def _matmul_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's older and newer switches contradict each other
+        return None
 
 
 def _allow_tf32(convolutions: bool, products: bool) -> None:

@@ -32,16 +32,17 @@ def sweep(
     """Purify one model several times, with other seeds or options each time, over one copy of its weights.
 
     A step of a small network leaves most of a GPU idle: there the runs are on streams of their own, side by side, and
-    each is recorded as CUDA graphs. On a CPU they come one after the other. The result of a run doesn't depend on the
-    others, but for layers that draw, such as dropout in train mode, which on a GPU draw from one stream.
+    each is recorded as CUDA graphs. They come one after the other on a CPU, and where dropout is on, because torch has
+    one generator for the layers of all runs. The result of a run doesn't depend on the others.
 
     method:     ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
     model, clean_data, preset: as in :func:`maskops.purify.awm`
     runs:       what each run has of its own, such as ``[{"seed": 0}, {"seed": 1}]``; at least one
     options:    what all runs have in common
-    returns:    a :class:`maskops.purify.Purification` for each run, or the NonFiniteError that ended it. Their timings
-                are those of all runs together, where they ran side by side
-    errors:     ValueError for a method that can't be swept and for no runs; otherwise as in the method
+    returns:    a :class:`maskops.purify.Purification` for each run, or the NonFiniteError that ended it. Their total
+                times begin when the first run's does; those of phases are those of all runs that were in it
+    errors:     ValueError for a method that can't be swept, for no runs, and for runs on several devices or with
+                several ``tf32``; TypeError for runs that are no mappings; otherwise as in the method
 
     >>> images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
@@ -49,10 +50,15 @@ def sweep(
     >>> [result.options["tau"] for result in results]
     [5.0, 10.0]
     """
-    if method not in ALGORITHMS:
+    if method not in tuple(ALGORITHMS):
         raise ValueError(f"sweep: method must be one of {', '.join(ALGORITHMS)}; got {method!r}")
+    if not isinstance(runs, Sequence) or not all(isinstance(own, Mapping) for own in runs):
+        raise TypeError(f"sweep: runs must be a list of options by name, such as [{{'seed': 0}}]; got {runs!r:.80}")
     if not runs:
         raise ValueError("sweep: expected at least one run; got none")
+    for name in ("device", "tf32"):
+        if any(name in own for own in runs):
+            raise ValueError(f"sweep: all runs have one {name}: give it beside them")
     algorithms: list[Any] = []
     for own in runs:
         # one progress bar stands for all

@@ -192,6 +192,7 @@ class AWM:
         self.trigger.zero_()  # line 3
         if self.options.inner_labels == "predicted":
             self.predictions.run()
+            self.run.execution["predictions"] = self.predictions.execution
 
     def inner(self, batch: Batch) -> dict[str, Tensor]:  # lines 4, 5
         images = self.run.sample_images(batch)

@@ -185,7 +185,7 @@ class NFT:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
         return {"loss": loss}
 
     def result(self) -> Purification:
@@ -210,13 +210,13 @@ def _learning_rate(epoch: int, options: NFTOptions) -> float:
 
 def _draw_mixup(shape: tuple[int, ...], generator: Generator, alpha: float) -> Drawn:
     weight, partners = draw_mixup(shape[0], generator, alpha)
-    return {"partners": partners, "weight": torch.tensor(weight)}
+    return {"partners": partners, "weight": torch.tensor(weight, dtype=torch.float64)}
 
 
 def _draw_cutmix(shape: tuple[int, ...], generator: Generator, alpha: float) -> Drawn:
     weight, partners, box = draw_cutmix(shape, generator, alpha)
     torch.rand((), generator=generator)  # whether it is done at all: here always
-    return {"partners": partners, "weight": torch.tensor(weight), "box": box}
+    return {"partners": partners, "weight": torch.tensor(weight, dtype=torch.float64), "box": box}
 
 
 _DRAWS = {"mixup": _draw_mixup, "cutmix": _draw_cutmix}

@@ -65,12 +65,50 @@ def _refuse_modules(network: nn.Module) -> None:
             raise RefusedError(f"{where} is parametrized")
 
 
+class _Tracer(fx.Tracer):
+    """Refuses what a graph doesn't show: modes of torch that a forward sets for a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise RefusedError("its forward sets torch's grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[bool, ...]:
+    devices = ("cpu", "cuda")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, devices)
+
+
+@contextmanager
+def _no_functions_of_its_own() -> Iterator[None]:
+    """Within, a ``torch.autograd.Function`` that is traced is refused: of it the tracer would see the forward alone."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def refuse_proxies(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(argument, fx.Proxy) for argument in (*args, *kwargs.values())):
+            raise RefusedError(f"{cls.__name__} has a backward of its own")
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(refuse_proxies)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+
+
 def _graph(network: nn.Module) -> fx.Graph:
     parameters = list(inspect.signature(network.forward).parameters.values())
     optional = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
     attributes = set(vars(network))
     try:
-        graph = fx.Tracer().trace(network, concrete_args=optional)
+        with torch.enable_grad(), _no_functions_of_its_own():
+            graph = _Tracer().trace(network, concrete_args=optional)
+    except RefusedError:
+        raise
     except Exception as error:  # whatever the network's own code raises when it is run on proxies
         raise RefusedError(f"its forward can't be traced: {str(error).splitlines()[0]}") from error
     finally:

@@ -39,8 +39,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def one_pass(run: Run, batch_size: int) -> Iterator[Tensor]:
     """As :meth:`Run.one_pass`, without a last batch of one image, of which batch norms know no variance."""
-    whole = min(batch_size, len(run.images))
-    return (batch for batch in run.one_pass(batch_size) if len(batch) > 1 or whole == 1)
+    return run.one_pass(batch_size, least=min(2, batch_size, len(run.images)))
 
 
 def train(
