@@ -392,9 +392,54 @@ class Lists(Net):
         return torch.cat(parts, 1) * x
 
 
+class Remembering(Net):
+    def between(self, x):
+        self.seen = F.relu(x)
+        return self.seen
+
+
+class Random(Net):
+    def between(self, x):
+        return x if torch.rand(()) < 2 else F.relu(x)
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -2 * grad
+
+
+class BackwardOfItsOwn(Net):
+    def between(self, x):
+        return Reverse.apply(x)
+
+
+class PartlyFrozen(Net):
+    def between(self, x):
+        with torch.no_grad():
+            scale = torch.sigmoid(self.second(x))
+        return x * scale
+
+
+@pytest.mark.parametrize("build", [BackwardOfItsOwn, PartlyFrozen])
+def test_what_tracing_can_not_see_is_found_by_trying(build):
+    network = made(build)
+    model = WorkingModel(network, images())
+    network.requires_grad_()
+    model.make_tape(images())
+    assert model.tape_reason == "its logits or their gradient come out otherwise"
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        (Remembering, "its forward sets attributes or makes tensors of its own"),
+        (Random, "its forward draws random numbers by itself"),
         (hooked, "second has hooks"),
         (with_forward_of_its_own, "second has a forward of its own"),
         (parametrized, "second is parametrized"),
@@ -440,7 +485,7 @@ def test_a_working_model_uses_its_tape_in_the_modes_it_was_made_in(monkeypatch):
     assert model.tape_reason is None
     monkeypatch.setattr(Tape, "__call__", lambda tape, x, shared: x.flatten(1)[:, :5])
     model.make_tape(images())
-    assert model.tape_reason == "its logits come out otherwise"
+    assert model.tape_reason == "its logits or their gradient come out otherwise"
 
 
 @pytest.mark.parametrize("build", [ReadTwice, InPlace, Pieces, Means, Transformer, many_layers, models.small_vgg])

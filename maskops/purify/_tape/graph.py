@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -103,21 +105,24 @@ def _no_functions_of_its_own() -> Iterator[None]:
 def _graph(network: nn.Module) -> fx.Graph:
     parameters = list(inspect.signature(network.forward).parameters.values())
     optional = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
-    attributes = set(vars(network))
-    try:
-        with torch.enable_grad(), _no_functions_of_its_own():
-            graph = _Tracer().trace(network, concrete_args=optional)
-    except RefusedError:
-        raise
-    except Exception as error:  # whatever the network's own code raises when it is run on proxies
-        raise RefusedError(f"its forward can't be traced: {str(error).splitlines()[0]}") from error
-    finally:
-        constants = set(vars(network)) - attributes
-    if constants:
-        for name in constants:
-            delattr(network, name)
-        raise RefusedError("its forward makes tensors of its own")
+    attributes = {module: dict(vars(module)) for module in network.modules()}
+    with _random_numbers(network) as unused:
+        try:
+            with torch.enable_grad(), _no_functions_of_its_own():
+                graph = _Tracer().trace(network, concrete_args=optional)
+        except RefusedError:
+            raise
+        except Exception as error:  # whatever the network's own code raises when it is run on proxies
+            raise RefusedError(f"its forward can't be traced: {_first_line(error)}") from error
+        finally:
+            changed = _restore(attributes)
+        if changed:
+            raise RefusedError("its forward sets attributes or makes tensors of its own")
+        if not unused():
+            raise RefusedError("its forward draws random numbers by itself")
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if not placeholders or placeholders[0].target.startswith("*"):
+        raise RefusedError("its forward names no images")
     for node in placeholders[1:]:
         # all that reads an optional argument is the tracer's check that it is its default, which it always is
         for check in (node, *node.users):
@@ -146,6 +151,42 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
                 buffer.copy_(before)
 
 
+@contextmanager
+def _random_numbers(network: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether no random number has been drawn since; none has afterwards."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    python, numbers = random.getstate(), np.random.get_state()
+
+    def states() -> list[Any]:
+        on_device = torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else []
+        of_numpy = [np.asarray(part).tolist() for part in np.random.get_state()]
+        return [random.getstate(), of_numpy, torch.get_rng_state().tolist(), on_device]
+
+    before = states()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield lambda: states() == before
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+def _restore(attributes: dict[nn.Module, dict[str, Any]]) -> bool:
+    """Give modules the attributes that they had; returns whether one was set."""
+    changed = False
+    for module, before in attributes.items():
+        now = vars(module)
+        if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
+            now.clear()
+            now.update(before)
+            changed = True
+    return changed
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class _Describing(fx.Interpreter):
     def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
         super().__init__(network, garbage_collect_values=False, graph=graph)
@@ -169,7 +210,12 @@ def _describe(
     """Run the graph on the example; returns the storages of each node's tensors."""
     interpreter = _Describing(network, graph)
     with torch.no_grad(), precision(), untouched(network, example.device):
-        logits = interpreter.run(example.clone())
+        try:
+            logits = interpreter.run(example.clone())
+        except RefusedError:
+            raise
+        except Exception as error:  # such as of a forward that looks at what only tensors have
+            raise RefusedError(f"its graph can't be run: {_first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise RefusedError("its forward returns something else than a tensor of logits")
     return interpreter.storages
