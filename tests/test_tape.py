@@ -2,196 +2,39 @@
 
 import itertools
 import math
-import types
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_tape import (
+    DOUBLE,
+    TOYS,
+    Doubled,
+    Functional,
+    InPlace,
+    Means,
+    Ops,
+    Pieces,
+    ReadByTwo,
+    ReadTwice,
+    ReLU6,
+    SharedWeights,
+    Transformer,
+    assert_same,
+    check,
+    gradients,
+    images,
+    made,
+    many_layers,
+)
 from test_working import with_statistics
 from torch import nn
-from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskops import models
 from maskops.lean import saved_bytes
 from maskops.purify._tape import Tape
 from maskops.purify._working import WorkingModel, shared_copy
-
-DOUBLE = {"dtype": torch.float64}
-
-
-class Net(nn.Module):
-    """Two convolutions and a linear layer, for forwards that differ in what lies between."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.linear = nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.linear(self.between(self.first(x)).mean((2, 3)))
-
-
-class ReadTwice(Net):
-    def between(self, x):
-        y = F.relu(x)
-        return y * torch.sigmoid(self.second(y)) + y
-
-
-class ReadByTwo(Net):
-    """A convolution's output before and after its ReLU."""
-
-    def between(self, x):
-        return F.relu(x) + self.second(x)
-
-
-class SharedWeights(Net):
-    def between(self, x):
-        return F.relu(self.second(F.relu(self.second(F.relu(x)))))
-
-
-class InPlace(Net):
-    def between(self, x):
-        x = F.relu_(x)
-        y = self.second(x)
-        y += x
-        return F.relu(y, inplace=True)
-
-
-class Doubled(Net):
-    def between(self, x):
-        x = torch.relu(x)
-        x = F.relu(x + x)
-        y = self.second(x)
-        return y.add_(x).relu_()
-
-
-class ReLU6(Net):
-    def between(self, x):
-        return F.relu6(self.second(F.hardtanh(3 * x, 0, 2)) + x) * 2
-
-
-class Functional(Net):
-    """Layers by their functions; ``same`` padding, groups, stride and dilation."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 2, 3, 3))
-
-    def forward(self, x):
-        x = F.conv2d(x, self.first.weight, self.first.bias, 1, "same", 2)
-        x = torch.conv2d(F.relu(x), self.weight, stride=2, groups=4)
-        x = F.max_pool2d(F.elu(x), 2)
-        return F.linear(x.mean((2, 3)), self.linear.weight, bias=self.linear.bias)
-
-
-class Pieces(Net):
-    """Views, lists of tensors, sizes, an extra argument."""
-
-    def forward(self, x, scale=None, times: int = 1):
-        a, b = F.relu(self.first(x)).chunk(2, dim=1)
-        x = torch.cat([b, self.second(torch.cat((a, b), 1)), a], dim=1)
-        x = x.view(x.size(0), 2, -1, x.shape[2], x.shape[3]).mean(1) * times
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-
-
-class Means(Net):
-    """The mean of each channel in other ways."""
-
-    def forward(self, x):
-        x = F.relu(self.first(x))
-        pooled = F.adaptive_avg_pool2d(x, 1)
-        x = F.relu(self.second(x * torch.mean(x, [-1, 2], keepdim=True))) + pooled
-        return self.linear(nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1) + x.mean((-2, -1)))
-
-
-class Transformer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.patches, self.position = nn.Conv2d(3, 8, 4, stride=4), nn.Parameter(torch.randn(1, 4, 8))
-        self.before, self.after = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
-        y = self.before(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        x = x + self.down(F.relu(self.up(self.after(x))))
-        return self.head(x[:, 0])
-
-
-def many_layers():
-    return nn.Sequential(
-        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Dropout(0.4), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
-        *(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.PReLU(), nn.Dropout2d(0.3, inplace=True)),
-        *(nn.Identity(), nn.Flatten(), nn.LazyLinear(6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 5)),
-    )
-
-
-TOYS = (
-    ReadTwice,
-    ReadByTwo,
-    SharedWeights,
-    InPlace,
-    Doubled,
-    ReLU6,
-    Functional,
-    Pieces,
-    Means,
-    Transformer,
-    many_layers,
-)
-
-
-def made(build, size=8):
-    torch.manual_seed(0)
-    network = build()
-    network(torch.rand(2, 3, size, size))
-    return with_statistics(network)
-
-
-def images(size=8, batch=3):
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1), **DOUBLE)
-
-
-def gradients(function, network, x, learned=True, of_images=True, of_shared=True):
-    """Logits, and the gradients of the images, of a trigger and of all parameters."""
-    for parameter in network.parameters():
-        parameter.requires_grad_(learned)
-        parameter.grad = None
-    x = x.clone().requires_grad_(of_images)
-    trigger = torch.zeros_like(x[:1]).requires_grad_(of_shared)
-    torch.manual_seed(3)
-    logits = function(x, trigger)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    (logits * weights.to(logits)).sum().backward()
-    found = {"logits": logits.detach(), "images": x.grad, "trigger": trigger.grad}
-    return found | {name: parameter.grad for name, parameter in network.named_parameters()}
-
-
-def assert_same(found, expected, tolerance=1e-10):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (value is None) == (found[name] is None), name
-        if value is not None:
-            error = (found[name] - value).abs().max()
-            assert error <= tolerance * value.abs().max().clamp_min(1e-6), f"{name}: {error}"
-
-
-def check(network, x, tolerance=1e-10, **how):
-    """The tape against autograd, both gates, and the gates against each other; returns the tape."""
-    plain = gradients(lambda x, trigger: network(x + trigger), network, x, **how)
-    found = []
-    for gate in ("bits", "output"):
-        tape = Tape.of(network, x, gate=gate)
-        assert isinstance(tape, Tape), tape
-        found.append(gradients(tape, network, x, **how))
-        assert_same(found[-1], plain, tolerance)
-    for name, value in found[0].items():
-        assert value is None or torch.equal(value, found[1][name]), name
-    return tape
 
 
 @pytest.mark.parametrize("build", TOYS)
@@ -315,155 +158,6 @@ def test_changed_weights_and_second_backwards_are_refused():
         loss.backward()
 
 
-def hooked():
-    network = Doubled()
-    network.second.register_forward_hook(lambda module, inputs, output: output * 2)
-    return network
-
-
-def with_forward_of_its_own():
-    network = Doubled()
-    network.second.forward = types.MethodType(lambda module, x: x, network.second)
-    return network
-
-
-def parametrized():
-    network = Doubled()
-    parametrizations.weight_norm(network.second)
-    return network
-
-
-class Branching(Net):
-    def between(self, x):
-        return self.second(x) if x.sum() > 0 else x
-
-
-class Overwriting(Net):
-    def between(self, x):
-        y = self.second(x)
-        F.relu(x, inplace=True)
-        return x + y
-
-
-class OverwritingAView(Net):
-    def between(self, x):
-        half, _ = x.chunk(2, 1)
-        half.mul_(2)
-        return self.second(x)
-
-
-class Answers(Net):
-    def forward(self, x):
-        return {"logits": self.linear(F.relu(self.first(x)).mean((2, 3)))}
-
-
-class RoundsStraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-class Rounding(Net):
-    def between(self, x):
-        return RoundsStraightThrough.apply(self.second(x))
-
-
-class PartlyWithoutGradient(Net):
-    def between(self, x):
-        with torch.no_grad():
-            y = F.relu(x)
-        return self.second(x) + y
-
-
-class PartlyInBfloat16(Net):
-    def between(self, x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.second(x)
-
-
-class Lists(Net):
-    def between(self, x):
-        parts = x.chunk(2, 1)
-        x = F.relu(self.second(x))
-        return torch.cat(parts, 1) * x
-
-
-class Remembering(Net):
-    def between(self, x):
-        self.seen = F.relu(x)
-        return self.seen
-
-
-class Random(Net):
-    def between(self, x):
-        return x if torch.rand(()) < 2 else F.relu(x)
-
-
-class Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, grad):
-        return -2 * grad
-
-
-class BackwardOfItsOwn(Net):
-    def between(self, x):
-        return Reverse.apply(x)
-
-
-class PartlyFrozen(Net):
-    def between(self, x):
-        with torch.no_grad():
-            scale = torch.sigmoid(self.second(x))
-        return x * scale
-
-
-@pytest.mark.parametrize("build", [BackwardOfItsOwn, PartlyFrozen])
-def test_what_tracing_can_not_see_is_found_by_trying(build):
-    network = made(build)
-    model = WorkingModel(network, images())
-    network.requires_grad_()
-    model.make_tape(images())
-    assert model.tape_reason == "its logits or their gradient come out otherwise"
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
-
-
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (Remembering, "its forward sets attributes or makes tensors of its own"),
-        (Random, "its forward draws random numbers by itself"),
-        (hooked, "second has hooks"),
-        (with_forward_of_its_own, "second has a forward of its own"),
-        (parametrized, "second is parametrized"),
-        (Branching, "its forward can't be traced: symbolically traced variables cannot be used as inputs to control"),
-        (Overwriting, "relu overwrites a value that add reads later"),
-        (OverwritingAView, "mul_ overwrites a value that second reads later"),
-        (Answers, "its forward returns something else than a tensor of logits"),
-        (Lists, "chunk hands several tensors on as one"),
-        (Rounding, "RoundsStraightThrough has a backward of its own"),
-        (PartlyWithoutGradient, "its forward sets torch's grad mode or autocast"),
-        (PartlyInBfloat16, "its forward sets torch's grad mode or autocast"),
-    ],
-)
-def test_what_can_not_be_taped_is_refused_with_the_reason(build, reason):
-    network = build().double()
-    found = Tape.of(network, images())
-    assert isinstance(found, str) and found.startswith(reason), found
-    if build is not Answers:
-        model = WorkingModel(network, images(), fold=False)
-        model.make_tape(images())
-        assert model.tape_reason == found
-        assert model(images()).shape == (3, 5)
-
-
 def test_a_working_model_uses_its_tape_in_the_modes_it_was_made_in(monkeypatch):
     network = made(many_layers)
     model = WorkingModel(network, images(), torch.full((3,), 0.5, **DOUBLE), torch.full((3,), 0.2, **DOUBLE))
@@ -524,20 +218,6 @@ def test_frozen_weights_are_cast_once_unless_they_change():
                 tape(x)
         counts.append(ops.names.count("aten::_to_copy"))
     assert counts == [2, 3]  # the images and the logits; and the weight that changes
-
-
-class Ops(TorchDispatchMode):
-    """The ops that run, without views."""
-
-    def __enter__(self):
-        self.names = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        views = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
-        if not views and func is not torch.ops.aten.detach.default:
-            self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
