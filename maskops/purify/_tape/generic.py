@@ -7,10 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import get_gradient_edge
 
 from maskops.lean import lean_autograd
 from maskops.purify._tape.call import Call
 from maskops.purify._tape.steps import Step
+
+_REQUIRES_GRAD = torch.zeros((), requires_grad=True)
+
+
+class _Start(torch.autograd.Function):
+    """A tensor as the start of a graph that doesn't hold it, as it would hold a leaf."""
+
+    @staticmethod
+    def forward(ctx, requires_grad, tensor):
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
 
 
 class Generic(Step):
@@ -40,45 +55,45 @@ class Generic(Step):
     def forward(self, call: Call) -> None:
         wanted = any(call.plan.needs[value] for value in self.writes)
         values: dict[fx.Node, Any] = {}
-        leaves = []
-        for node, value in zip(self._inputs, self.reads, strict=True):
-            given = call.values[value]
-            if wanted and call.plan.needs[value] and isinstance(given, Tensor) and given.is_floating_point():
-                given = given.detach().requires_grad_()
-                leaves.append((value, given))
-            values[node] = given
+        starts = []
         with torch.set_grad_enabled(wanted), self._precision(), lean_autograd():
+            for node, value in zip(self._inputs, self.reads, strict=True):
+                given = call.values[value]
+                if wanted and call.plan.needs[value] and isinstance(given, Tensor) and given.is_floating_point():
+                    given = _Start.apply(_REQUIRES_GRAD, given)
+                    starts.append((value, get_gradient_edge(given)))
+                values[node] = given
             for node, function in self._nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = function(*args, **kwargs)
-        kept = []
+        ends = []
         for node, value in zip(self._outputs, self.writes, strict=True):
             output = values[node]
             if isinstance(output, Tensor):
                 if output.requires_grad:
-                    kept.append((value, output))
+                    ends.append((value, get_gradient_edge(output), output.dtype))
                 output = output.detach()
             call.values[value] = output
         if wanted:
-            call.saved[self.writes[0]] = leaves, kept
+            # edges, not tensors: what the graph itself doesn't need is free
+            call.saved[self.writes[0]] = starts, ends
 
     def backward(self, call: Call) -> None:
-        leaves, kept = call.saved.pop(self.writes[0])
-        ends = [(output, call.take(value)) for value, output in kept]
-        ends = [(output, grad.to(output.dtype)) for output, grad in ends if grad is not None]
+        starts, ends = call.saved.pop(self.writes[0])
+        complete = [(edge, dtype, call.take(value)) for value, edge, dtype in ends]
+        complete = [(edge, grad.to(dtype)) for edge, dtype, grad in complete if grad is not None]
         learned = [slot for slot in self.slots if call.plan.learned[slot]]
         parameters = [call.parameters[slot] for slot in learned]
-        starts = [leaf for _, leaf in leaves] + parameters
-        grads: Sequence[Tensor | None] = [None] * len(starts)
-        if ends and starts:
-            outputs, grad_outputs = zip(*ends, strict=True)
-            del ends, kept
-            grads = torch.autograd.grad(outputs, starts, grad_outputs, allow_unused=True)
-        arrived = dict(zip([value for value, _ in leaves], grads, strict=False))
+        inputs = [edge for _, edge in starts] + parameters
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        if complete and inputs:
+            edges, grad_outputs = zip(*complete, strict=True)
+            grads = torch.autograd.grad(edges, inputs, grad_outputs, allow_unused=True)
+        arrived = dict(zip([value for value, _ in starts], grads, strict=False))
         for value in self.reads:
             call.deliver(value, arrived.get(value))
         seen = set()
-        for slot, parameter, grad in zip(learned, parameters, grads[len(leaves) :], strict=True):
+        for slot, parameter, grad in zip(learned, parameters, grads[len(starts) :], strict=True):
             # one parameter under two names got its whole gradient twice
             if grad is not None and id(parameter) not in seen:
                 call.add_to_parameter(slot, grad)

@@ -91,6 +91,12 @@ def pool(node: fx.Node) -> tuple[tuple[list[int], ...], bool] | None:
     return (window, given["ceil_mode"]) if all(window) and math.prod(window[0]) <= 256 else None
 
 
+def keeps_no_output(node: fx.Node) -> bool:
+    """Whether autograd runs the node but doesn't keep its output, which is no view."""
+    norms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    return _module(node, *norms) is not None or _is(node, (F.batch_norm, torch.batch_norm))
+
+
 def linear(node: fx.Node) -> tuple[Any, Any] | None:
     """Where weight and bias of a linear layer lie."""
     module = _module(node, nn.Linear)

@@ -117,15 +117,16 @@ class Conv(Step):
 
 
 class Add(Step):
-    """``a + b``, and ReLU if ``upper`` is a number."""
+    """``a + b``, and ReLU if ``upper`` is a number; ``owned`` if nobody else has or keeps ``a``."""
 
-    def __init__(self, a: int, b: int, output: int, upper: float | None) -> None:
+    def __init__(self, a: int, b: int, output: int, upper: float | None, owned: bool) -> None:
         self.reads, self.writes = (a, b), (output,)
-        self.output, self.upper = output, upper
+        self.output, self.upper, self.owned = output, upper, owned
 
     def forward(self, call: Call) -> None:
         a, b = (call.values[value] for value in self.reads)
-        put_relu(call, self.output, a + b, self.upper)
+        total = a.add_(b) if self.owned and a.dtype == b.dtype else a + b
+        put_relu(call, self.output, total, self.upper)
 
     def backward(self, call: Call) -> None:
         grad = call.take(self.output)

@@ -11,7 +11,17 @@ from torch.nn.parameter import Parameter
 from maskops.purify._tape.call import Geometry, Slot
 from maskops.purify._tape.generic import Generic
 from maskops.purify._tape.graph import RefusedError
-from maskops.purify._tape.patterns import convolution, elu, linear, mean, pool, sole_user, summands, upper_end
+from maskops.purify._tape.patterns import (
+    convolution,
+    elu,
+    keeps_no_output,
+    linear,
+    mean,
+    pool,
+    sole_user,
+    summands,
+    upper_end,
+)
 from maskops.purify._tape.steps import ELU, Add, Conv, Linear, MaxPool, Mean, ReLU, Step
 
 
@@ -113,6 +123,8 @@ class Builder:
             self._mean(node)
         elif elu(node) is not None:
             self._native[node] = lambda: ELU(*self._ends(node), elu(node), self._owns(node))
+        elif keeps_no_output(node):
+            self._owned.add(node)
         elif pool(node) is not None:
             self._native[node] = lambda: MaxPool(*self._ends(node), *pool(node))
 
@@ -143,7 +155,11 @@ class Builder:
     def _sum(self, node: fx.Node) -> None:
         last, upper = self._with_relu(node)
         self._absorbed |= {node, last}
-        self._native[last] = lambda: Add(*(self._number[term] for term in summands(node)), self._new(last), upper)
+        terms = summands(node)
+        # the first may be written over
+        terms = terms if self._is_owned(terms[0], node) else terms[::-1]
+        owned = self._is_owned(terms[0], node)
+        self._native[last] = lambda: Add(*(self._number[term] for term in terms), self._new(last), upper, owned)
         if upper is None:
             self._owned.add(last)
 
@@ -162,9 +178,12 @@ class Builder:
     def _ends(self, node: fx.Node) -> tuple[int, int]:
         return self._number[node.args[0]], self._new(node)
 
+    def _is_owned(self, node: fx.Node, by: fx.Node) -> bool:
+        """Whether nobody else reads or keeps a node's output."""
+        return node in self._owned and sole_user(node) is by
+
     def _owns(self, node: fx.Node) -> bool:
-        """Whether nobody else reads or keeps the node's input."""
-        return node.args[0] in self._owned and sole_user(node.args[0]) is node
+        return self._is_owned(node.args[0], node)
 
 
 def _parameters(node: fx.Node) -> Iterator[tuple[nn.Module, str]]:
