@@ -161,16 +161,21 @@ def peak_bytes(work: Callable[..., Any], *arguments: Any, device: torch.device) 
     operating system counts as resident, and what is freed is given back to it, so that nothing is reused unseen.
     """
     if device.type == "cuda":
-        step = work(*arguments)
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        step()
-        after = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return Peak(after[0] - before[0], after[1] - before[1])
+        return growth(work(*arguments), device)
     with environment("MALLOC_MMAP_THRESHOLD_", "65536"), multiprocessing.get_context("spawn").Pool(1) as pool:
         return Peak(pool.apply(_peak_resident, (torch.get_num_threads(), work, *arguments)))
+
+
+def growth(step: Step, device: torch.device) -> Peak:
+    """How much more memory a GPU holds at most during the step than before it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    step()
+    torch.cuda.synchronize(device)
+    after = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return Peak(after[0] - before[0], after[1] - before[1])
 
 
 def launches(step: Step) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from benchmarks.measure import (
     Timed,
     first_line,
     full_float32,
+    growth,
     interleaved,
     launches,
     peak_bytes,
@@ -81,10 +83,10 @@ def run(
         outcome.absent = dict.fromkeys(contestants, first_line(error))
         return outcome
     torch.compiler.reset()  # what an earlier run compiled
-    admitted, preparing = _admit(problem, contestants, outcome, compile_limit)
-
-    if not admitted:
+    everybody = _admit(problem, contestants, outcome, compile_limit)
+    if not everybody:
         return outcome
+    admitted = {name: each.contestant for name, each in everybody.items()}
     say(f"{net}: timing {', '.join(admitted)}")
     timed = ceilings.timed(dtype, device) | dict(_timed(problem, admitted))
     if loader:
@@ -97,13 +99,15 @@ def run(
     reached = ceilings.found(samples, device)
     row = partial(make_row, "steps", net, batch, dtype, device=device, method=method, ceilings=reached)
 
-    for name, (what, seconds) in preparing.items():
-        outcome.rows.append(row(name, what, (1e3 * seconds,) * 3))
+    for name, each in everybody.items():
+        what = getattr(each.contestant, "compiles", None)
+        if what is not None:
+            outcome.rows.append(row(name, what, (1e3 * each.seconds,) * 3))
     extents: dict[tuple[str, str], Extent] = dict(ceilings.extents(device))
     for name, phase in samples:
         if name in admitted and phase in PHASES[method]:
             make = contestants[name] if peaks else None
-            extents[name, phase] = _extent(problem, admitted[name], phase, make, outcome, name)
+            extents[name, phase] = _extent(problem, everybody[name], phase, make, outcome, name)
     for (name, phase), extent in list(extents.items()):
         source = getattr(admitted.get(name), "counts_as", None)
         if source is not None:
@@ -123,42 +127,74 @@ def _with_its_share(samples: Mapping[tuple[str, str], Samples], name: str, phase
     return samples[name, phase]
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """A contestant that computes the published steps.
+
+    seconds: what making it and its first steps took
+    held:    bytes on a GPU that it holds between steps: masks, moments, graphs
+    """
+
+    contestant: Any
+    seconds: float
+    held: int = 0
+
+
 def _admit(
     problem: Problem, contestants: Mapping[str, Make], outcome: Outcome, compile_limit: int
-) -> tuple[dict[str, Any], dict[str, tuple[str, float]]]:
-    """The contestants whose first steps are the published ones, and how long those took that prepare themselves."""
-    admitted, preparing = {}, {}
-    with full_float32():
-        say(f"{problem.net}: comparing")
-        try:
+) -> dict[str, Admitted]:
+    """The contestants whose first steps are the published ones."""
+    admitted: dict[str, Admitted] = {}
+    # in 16 bits nothing is as exact as that
+    exact = full_float32 if problem.dtype == torch.float32 else nullcontext
+    # what is captured or compiled without TF32 is not what is to be timed
+    anew = problem.device.type == "cuda" and problem.dtype == torch.float32
+    say(f"{problem.net}: comparing")
+    try:
+        with exact():
             expected = first_steps(CONTESTANTS[problem.method]["official"](problem), problem.method)
-        except Exception as error:
-            outcome.absent = dict.fromkeys(contestants, f"the published procedure failed: {first_line(error)}")
-            outcome.failed = True
-            return admitted, preparing
-        for name, make in contestants.items():
-            if getattr(make, "needs_cuda", False) and problem.device.type != "cuda":
-                outcome.absent[name] = "it needs a CUDA device"
-                continue
-            what = getattr(make, "compiles", None)
-            start = time.perf_counter()
-            try:
-                with time_limit(compile_limit) if what else nullcontext():
-                    contestant = make(problem)
-                    actual = first_steps(contestant, problem.method)
-            except Exception as error:
-                outcome.absent[name] = f"{what or 'its first step'} failed: {first_line(error)}"
-                outcome.failed |= name in OURS
-                continue
+    except Exception as error:
+        outcome.absent = dict.fromkeys(contestants, f"the published procedure failed: {first_line(error)}")
+        outcome.failed = True
+        return admitted
+    for name, make in contestants.items():
+        if getattr(make, "needs_cuda", False) and problem.device.type != "cuda":
+            outcome.absent[name] = "it needs a CUDA device"
+            continue
+        what = getattr(make, "compiles", None)
+        limit = compile_limit if what else None
+        try:
+            with exact():
+                made, actual = _make(make, problem, limit)
             where, error = disagreement(problem, expected, actual)
             if not error <= TOLERANCE[problem.dtype]:
                 outcome.absent[name] = f"its {where} is {error:.2g} away from the published step"
                 outcome.failed = True
                 continue
-            admitted[name] = contestant
-            if what:
-                preparing[name] = what, time.perf_counter() - start
-    return admitted, preparing
+            if anew:
+                del made
+                made, _ = _make(make, problem, limit)
+            admitted[name] = made
+        except Exception as error:
+            outcome.absent[name] = f"{what or 'its first step'} failed: {first_line(error)}"
+            outcome.failed |= name in OURS
+    return admitted
+
+
+def _make(make: Make, problem: Problem, limit: int | None) -> tuple[Admitted, dict[str, Tensor]]:
+    """A contestant, in no more than so many seconds, and what it has learned after its first steps."""
+    on_gpu = problem.device.type == "cuda"
+    before = torch.cuda.memory_allocated(problem.device) if on_gpu else 0
+    start = time.perf_counter()
+    with nullcontext() if limit is None else time_limit(limit):
+        contestant = make(problem)
+        learned = first_steps(contestant, problem.method)
+    if on_gpu:
+        torch.cuda.synchronize(problem.device)
+    seconds = time.perf_counter() - start
+    held = torch.cuda.memory_allocated(problem.device) - before if on_gpu else 0
+    held -= sum(tensor.numel() * tensor.element_size() for tensor in learned.values()) if on_gpu else 0
+    return Admitted(contestant, seconds, held), learned
 
 
 def first_steps(contestant: Any, method: str = "awm") -> dict[str, Tensor]:
@@ -217,7 +253,7 @@ def _loading(problem: Problem, outcome: Outcome) -> dict[tuple[str, str], Timed]
     return {("official", "loader"): Timed(lambda repetition: next(batches))}
 
 
-def _extent(problem: Problem, contestant: Any, phase: str, make: Make | None, outcome: Outcome, name: str) -> Extent:
+def _extent(problem: Problem, admitted: Admitted, phase: str, make: Make | None, outcome: Outcome, name: str) -> Extent:
     """All but the time of a step; what can't be found out is noted, and empty.
 
     make: of which peak memory is to be measured, or None
@@ -236,20 +272,22 @@ def _extent(problem: Problem, contestant: Any, phase: str, make: Make | None, ou
             begin(contestant)
         return partial(getattr(contestant, phase), index)
 
-    on_gpu = problem.device.type == "cuda"
+    contestant, on_gpu = admitted.contestant, problem.device.type == "cuda"
     hidden = getattr(contestant, "counts_as", None) is not None
     prepares = getattr(contestant, "compiles", None) is not None
     saved = attempt("saved bytes", lambda: peak_saved_bytes(prepared(0), contestant.constants()))
     counts: Counts | None = None if hidden else attempt("counts", lambda: count(prepared(1)))
     started = attempt("launches", lambda: launches(prepared(1))) if on_gpu else None
-    if started is None and counts is not None:
+    if not started and counts is not None:
         started = counts.ops
-    peak = Peak(0)
-    if make is not None and (on_gpu or not prepares):  # a compiler needs more memory on the CPU than the step
+    peak = None
+    if make is not None and on_gpu:
+        peak = attempt("peak memory", lambda: growth(prepared(0), problem.device))
+        peak = peak and Peak(peak.allocated + admitted.held, peak.reserved + admitted.held)
+    elif make is not None and not prepares:  # a compiler needs more memory than the step
         what = problem.net, len(problem.indices[0]), problem.dtype, problem.device, problem.method
         peak = attempt("peak memory", lambda: peak_bytes(_prepare, make, phase, *what, device=problem.device))
-    allocated = (peak.allocated or None) if peak is not None else None
-    reserved = peak.reserved if peak is not None else None
+    allocated, reserved = (None, None) if peak is None else peak
     flops, moved = (counts.flops, counts.bytes) if counts is not None else (None, None)
     return Extent(flops, moved, started, None if hidden and on_gpu else saved, allocated, reserved)
 
