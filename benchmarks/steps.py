@@ -193,8 +193,8 @@ def _make(make: Make, problem: Problem, limit: int | None) -> tuple[Admitted, di
         torch.cuda.synchronize(problem.device)
     seconds = time.perf_counter() - start
     held = torch.cuda.memory_allocated(problem.device) - before if on_gpu else 0
-    held -= sum(tensor.numel() * tensor.element_size() for tensor in learned.values()) if on_gpu else 0
-    return Admitted(contestant, seconds, held), learned
+    held -= sum(tensor.numel() * tensor.element_size() for tensor in learned.values())
+    return Admitted(contestant, seconds, max(held, 0)), learned
 
 
 def first_steps(contestant: Any, method: str = "awm") -> dict[str, Tensor]:
@@ -288,7 +288,10 @@ def _extent(problem: Problem, admitted: Admitted, phase: str, make: Make | None,
         what = problem.net, len(problem.indices[0]), problem.dtype, problem.device, problem.method
         peak = attempt("peak memory", lambda: peak_bytes(_prepare, make, phase, *what, device=problem.device))
     allocated, reserved = (None, None) if peak is None else peak
-    flops, moved = (counts.flops, counts.bytes) if counts is not None else (None, None)
+    flops, moved = (None, None) if counts is None else (counts.flops, counts.bytes)
+    if counts is not None and phase == "inner" and getattr(contestant, "begin", None) is not None:
+        once = attempt("counts of what a phase does once", lambda: count(contestant.begin))
+        flops, moved = (None, None) if once is None else (flops + once.flops / STEPS, moved + once.bytes / STEPS)
     return Extent(flops, moved, started, None if hidden and on_gpu else saved, allocated, reserved)
 
 

@@ -233,6 +233,30 @@ def test_graphs_are_captured_for_each_step_and_batch(monkeypatch):
     assert list(graphs) == each and ran == each * (variants.WARMUP + 1)
 
 
+def test_contestants_for_gpus_compute_the_published_steps_too(monkeypatch):
+    """On the CPU, without what only a GPU has: what is compiled or captured is called."""
+    monkeypatch.setattr(variants, "compiled", lambda function, **how: function)
+    graph = type("Graph", (), {"__init__": lambda self, step, index: setattr(self, "replay", lambda: step(index))})
+    monkeypatch.setattr(
+        *(variants, "capture"),
+        lambda inner, outer, device: {
+            (phase, index): graph(step, index)
+            for phase, step in (("inner", inner), ("outer", outer))
+            for index in (0, 1)
+        },
+    )
+    given = make_problem(TINY, 6, torch.float32, CPU)
+    expected = steps.first_steps(Official(given))
+    names = {name for name, make in CONTESTANTS["awm"].items() if getattr(make, "needs_cuda", False)}
+    assert names == {"tf32", "naive-graphs", "naive-autotune", "compile-graphs", "graph", "floor-graph"}
+    before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
+    for name in names:
+        found = steps.first_steps(CONTESTANTS["awm"][name](given))
+        where, error = steps.disagreement(given, expected, found)
+        assert error < steps.TOLERANCE[torch.float32], (name, where, error)
+    assert (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32) == before
+
+
 def test_published_loaders_give_batches():
     given = make_problem(TINY, 5, torch.float32, CPU)
     batches = list(loaders.batches(given, 2))

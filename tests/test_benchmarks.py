@@ -269,6 +269,16 @@ def test_launches_on_a_gpu_are_those_that_the_profiler_sees(monkeypatch):
     assert measure.launches(lambda: None) == 2
 
 
+def test_memory_on_a_gpu_is_the_growth_during_the_step(monkeypatch):
+    memory = {"memory_allocated": 100, "memory_reserved": 200, "max_memory_allocated": 150, "max_memory_reserved": 400}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    ran = []
+    assert measure.growth(lambda: ran.append(1), torch.device("cuda")) == (50, 200) and ran == [1]
+
+
 @pytest.mark.parametrize("net", ["resnet50", "convnext_l", "vit_l"])
 def test_networks_for_large_images_are_those_of_their_names(net):
     pytest.importorskip("transformers")

@@ -115,12 +115,13 @@ def test_counts_of_two_batches_give_every_other():
 
 @pytest.mark.parametrize("phase", ["inner", "outer"])
 def test_the_published_step_is_the_one_that_was_counted_before(phase):
-    """An independent count, in which a handful of small ops are otherwise."""
+    """An independent count, which has one op more for each of the 20 batch norms that an inner step differentiates."""
     found = dry.counts(CONTESTANTS["awm"]["official"], "resnet18", 128, "awm", phase)
     expected = minimal.PUBLISHED["awm", "resnet18", phase]
     assert found.flops / 1e9 == pytest.approx(expected.gflop, rel=1e-3)
     assert found.bytes / 1e9 == pytest.approx(expected.gb, rel=0.05)
-    assert found.ops == pytest.approx(expected.launches, rel=0.06)
+    more = 20 if phase == "inner" else 0
+    assert found.ops + more == pytest.approx(expected.launches, rel=0.05)
 
 
 def test_examples():
