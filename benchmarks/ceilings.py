@@ -13,7 +13,7 @@ from benchmarks.results import Ceilings, Extent
 
 NAME = "ceiling"
 MATMUL, COPY = (NAME, "matmul"), (NAME, "copy")
-SIZES = {"cpu": (1024, 2**26), "cuda": (8192, 2**30)}
+SIZES = {"cpu": (1024, 2**26), "cuda": (8192, 2**28)}
 """Rows of the square matrices, and bytes that are copied: far more than any cache holds."""
 
 
