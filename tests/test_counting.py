@@ -126,3 +126,12 @@ def test_the_published_step_is_the_one_that_was_counted_before(phase):
 
 def test_examples():
     assert doctest.testmod(counting).failed == 0
+
+
+@pytest.mark.parametrize(("phase", "launches"), [("inner", 60), ("outer", 90)])
+def test_our_steps_on_resnet18_come_near_to_the_least(phase, launches):
+    found = dry.counts(CONTESTANTS["awm"]["maskops"], "resnet18", 128, "awm", phase)
+    least = minimal.LEAST["awm", "resnet18", phase]
+    assert found.ops <= launches
+    assert found.flops <= 1.01e9 * least.gflop
+    assert found.bytes <= 2 * 1.5e9 * least.gb  # that is in 16 bits, this in 32

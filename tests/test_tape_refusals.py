@@ -1,6 +1,7 @@
 """Networks that can't be taped, and the sentences that say why."""
 
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from helpers_tape import Doubled, Net, images, made
 from torch.nn.utils import parametrizations
 
-from maskops.purify._tape import Tape
+from maskops.purify._tape import Tape, graph
 from maskops.purify._working import WorkingModel
 
 
@@ -94,11 +95,17 @@ class PartlyFrozen(Net):
         return x * scale
 
 
-@pytest.mark.parametrize("build", [BackwardOfItsOwn, PartlyFrozen])
-def test_what_tracing_can_not_see_is_found_by_trying(build):
-    network = made(build)
+class PartlyInBfloat16(Net):
+    def between(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.second(x)
+
+
+def test_what_tracing_can_not_see_is_found_by_trying(monkeypatch):
+    network = made(BackwardOfItsOwn)
     model = WorkingModel(network, images())
     network.requires_grad_()
+    monkeypatch.setattr(graph, "_no_functions_of_its_own", nullcontext)
     model.make_tape(images())
     assert model.tape_reason == "its logits or their gradient come out otherwise"
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
@@ -107,6 +114,9 @@ def test_what_tracing_can_not_see_is_found_by_trying(build):
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        (BackwardOfItsOwn, "Reverse has a backward of its own"),
+        (PartlyFrozen, "its forward sets torch's grad mode or autocast"),
+        (PartlyInBfloat16, "its forward sets torch's grad mode or autocast"),
         (Remembering, "its forward sets attributes or makes tensors of its own"),
         (Random, "its forward draws random numbers by itself"),
         (hooked, "second has hooks"),
