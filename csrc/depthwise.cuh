@@ -26,7 +26,8 @@ struct Images {
   }
 };
 
-// weight * (mask + noise) of shape (channels, rows, columns); strides of 0 where a factor is broadcast.
+// weight * (mask + noise) of shape (channels, rows, columns), or the weight alone; strides of 0 where a factor is
+// broadcast.
 struct Filter {
   Operand weight, mask, noise;
 
@@ -34,6 +35,7 @@ struct Filter {
     const auto value = [&](const Operand& factor) {
       return load(factor, channel * factor.strides[0] + row * factor.strides[1] + column * factor.strides[2]);
     };
+    if (!mask) return value(weight);
     const float factor = noise ? __fadd_rn(value(mask), value(noise)) : value(mask);
     return __fmul_rn(value(weight), factor);
   }

@@ -169,6 +169,14 @@ void affine_relu_bits(const View& input, const View& scale, const View& shift, c
 // The gradient where the bit is 1, else 0; both have the same strides and no gaps.
 void relu_bits_backward(const View& result, const View& grad, const View& bits, cudaStream_t stream);
 
+// grad + addend where a ReLU let its input pass, else 0, into result, which may be grad. The gate is the ReLU's output,
+// with its upper bound, or its bits, in the memory order of the result, which has no gaps; the addend may be missing.
+void relu_backward(const View& result, const View& grad, const View& gate, const View& addend, float upper,
+                   cudaStream_t stream);
+
+// output = clamp(output + residual, 0, upper).
+void add_relu(const View& output, const View& residual, float upper, cudaStream_t stream);
+
 // Along rows and columns.
 struct Window {
   int kernel[2], stride[2], padding[2], dilation[2];
@@ -184,7 +192,7 @@ void max_pool_winners_backward(const View& result, const View& grad, const View&
                                bool channels_last, cudaStream_t stream);
 
 // A depthwise layer, one output channel per input channel: factors of the weight's shape (channels, 1, rows, columns),
-// with strides of 0 where they are broadcast.
+// with strides of 0 where they are broadcast. Without a mask, the weight is the effective weight.
 struct DepthwiseFilter {
   View weight, mask, noise;
   int stride[2], padding[2], dilation[2];

@@ -292,6 +292,17 @@ Tensor relu_bits_backward(const Tensor& grad, const Tensor& bits) {
   return result;
 }
 
+void relu_backward_(Tensor result, const Tensor& grad, const Tensor& gate, const OptionalTensor& addend, double upper) {
+  const Device device(grad);
+  maskops::relu_backward(view(result), view(grad), view(gate), view(addend), static_cast<float>(upper),
+                         device.stream());
+}
+
+void add_relu_(Tensor output, const Tensor& residual, double upper) {
+  const Device device(output);
+  maskops::add_relu(view(output), view(residual), static_cast<float>(upper), device.stream());
+}
+
 using Sizes = std::vector<int64_t>;
 
 maskops::Window window_of(const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
@@ -362,7 +373,7 @@ maskops::DepthwiseFilter depthwise_filter(const Tensor& weight, const OptionalTe
   return filter;
 }
 
-void depthwise_conv_(Tensor output, const Tensor& input, const Tensor& weight, const Tensor& mask,
+void depthwise_conv_(Tensor output, const Tensor& input, const Tensor& weight, const OptionalTensor& mask,
                      const OptionalTensor& noise, const OptionalTensor& bias, std::vector<int64_t> stride,
                      std::vector<int64_t> padding, std::vector<int64_t> dilation) {
   const Device device(output);
@@ -370,8 +381,8 @@ void depthwise_conv_(Tensor output, const Tensor& input, const Tensor& weight, c
                           view(bias), device.stream());
 }
 
-void depthwise_conv_input_grad_(Tensor grad_input, const Tensor& grad, const Tensor& weight, const Tensor& mask,
-                                const OptionalTensor& noise, std::vector<int64_t> stride, std::vector<int64_t> padding,
+void depthwise_conv_input_grad_(Tensor grad_input, const Tensor& grad, const Tensor& weight,
+                                const OptionalTensor& mask, const OptionalTensor& noise, std::vector<int64_t> stride, std::vector<int64_t> padding,
                                 std::vector<int64_t> dilation) {
   const Device device(grad_input);
   maskops::depthwise_conv_input_grad(view(grad_input), view(grad),
@@ -443,16 +454,19 @@ const Op all_ops[] = {
      "Tensor",
      TORCH_BOX(&affine_relu_bits_)},
     {"relu_bits_backward(Tensor grad, Tensor bits) -> Tensor", TORCH_BOX(&relu_bits_backward)},
+    {"relu_backward_(Tensor(a!) result, Tensor grad, Tensor gate, Tensor? addend, float upper) -> ()",
+     TORCH_BOX(&relu_backward_)},
+    {"add_relu_(Tensor(a!) output, Tensor residual, float upper) -> ()", TORCH_BOX(&add_relu_)},
     {"max_pool_winners(Tensor input, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] "
      "dilation, bool ceil_mode) -> (Tensor, Tensor)",
      TORCH_BOX(&max_pool_winners)},
     {"max_pool_winners_backward(Tensor grad, Tensor winners, SymInt[] input_size, SymInt[2] kernel_size, "
      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> Tensor",
      TORCH_BOX(&max_pool_winners_backward)},
-    {"depthwise_conv_(Tensor(a!) output, Tensor input, Tensor weight, Tensor mask, Tensor? noise, Tensor? bias, int[2] "
-     "stride, int[2] padding, int[2] dilation) -> ()",
+    {"depthwise_conv_(Tensor(a!) output, Tensor input, Tensor weight, Tensor? mask, Tensor? noise, Tensor? bias, "
+     "int[2] stride, int[2] padding, int[2] dilation) -> ()",
      TORCH_BOX(&depthwise_conv_)},
-    {"depthwise_conv_input_grad_(Tensor(a!) grad_input, Tensor grad, Tensor weight, Tensor mask, Tensor? "
+    {"depthwise_conv_input_grad_(Tensor(a!) grad_input, Tensor grad, Tensor weight, Tensor? mask, Tensor? "
      "noise, int[2] stride, int[2] padding, int[2] dilation) -> ()",
      TORCH_BOX(&depthwise_conv_input_grad_)},
     {"depthwise_conv_weight_grad_(Tensor(a!) grad_weight, Tensor grad, Tensor input, int[2] stride, int[2] "

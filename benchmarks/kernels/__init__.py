@@ -73,10 +73,10 @@ def _unknown(kernels: list[str]) -> str | None:
 
 def _compile(capability: int, kernels: list[str], first: bool, sources: str) -> tuple[int, list[table.Row], list[str]]:
     # these modules need triton
-    from benchmarks.kernels import elementwise, layers, many
+    from benchmarks.kernels import elementwise, frozen, layers, many
     from benchmarks.kernels.compiling import Compiler
 
     compiler = Compiler(capability, kernels, first, sources)
-    for cases in (layers, many, elementwise):
+    for cases in (layers, frozen, many, elementwise):
         compiler.compile(cases.all_cases())
     return capability, compiler.rows, compiler.failures

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.kernels.cases import LAST, Case, empty
 from maskops.backends import triton as ops
+from maskops.backends.triton import sign_bits
 
 WEIGHT = (128, 64, 3, 3)
 
@@ -70,6 +71,10 @@ def _activations(dtype: torch.dtype) -> Iterator[Case]:
     yield _case(dtype, "relu", "relu_bits", images, math.inf)
     yield _case(dtype, "relu6", "relu_bits", images, 6.0)
     yield _case(dtype, "relu backward", "relu_bits_backward", images, bits)
+    yield _case(dtype, "relu backward, addend", "relu_backward", images, bits, images, math.inf)
+    yield _case(dtype, "relu6 backward, from the output", "relu_backward", images, images, None, 6.0)
+    add_relu_ = partial(sign_bits.add_relu_, images, images, 6.0)
+    yield Case(str(dtype).removeprefix("torch."), "residual and relu6", add_relu_)
 
 
 def _images(dtype: torch.dtype) -> Iterator[Case]:

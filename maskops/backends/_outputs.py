@@ -15,6 +15,14 @@ from maskops.backends import reference
 
 def outputs(op: str, *arguments: Any) -> list[Tensor]:
     """Unwritten tensors of the sizes, strides and dtypes that the reference would return for these arguments."""
+    return [
+        torch.empty_strided(size, stride, dtype=dtype, device=device)
+        for size, stride, dtype, device in layouts(op, *arguments)
+    ]
+
+
+def layouts(op: str, *arguments: Any) -> tuple[tuple, ...]:
+    """Size, strides, dtype and device of each tensor that the reference would return for these arguments."""
     key = tuple(
         (argument.shape, argument.stride(), argument.dtype, argument.device)
         if isinstance(argument, Tensor)
@@ -23,10 +31,7 @@ def outputs(op: str, *arguments: Any) -> list[Tensor]:
         else argument
         for argument in arguments
     )
-    return [
-        torch.empty_strided(size, stride, dtype=dtype, device=device)
-        for size, stride, dtype, device in _describe(op, key)
-    ]
+    return _describe(op, key)
 
 
 @lru_cache(maxsize=4096)

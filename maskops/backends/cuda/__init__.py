@@ -2,6 +2,7 @@
 
 from maskops.backends.cuda._module import EMULATED, build_info, kernel_attributes
 from maskops.backends.cuda._module import ops as _ops
+from maskops.backends.cuda.frozen import conv_input_grad, conv_relu, relu_backward
 from maskops.backends.cuda.images import prepare_images
 from maskops.backends.cuda.layers import (
     dual_masked_conv,
@@ -14,7 +15,7 @@ from maskops.backends.cuda.layers import (
     masked_linear,
     masked_linear_backward,
 )
-from maskops.backends.cuda.serving import unless_asked, why_not
+from maskops.backends.cuda.serving import describe, unless_asked, why_not
 
 effective_weight = _ops.effective_weight.default
 effective_weight_backward = _ops.effective_weight_backward.default
@@ -43,6 +44,9 @@ __all__ = [
     "arena_effective_weight_",
     "arena_mask_grad",
     "build_info",
+    "conv_input_grad",
+    "conv_relu",
+    "describe",
     "dual_masked_conv",
     "dual_masked_conv_backward",
     "dual_masked_linear",
@@ -66,6 +70,7 @@ __all__ = [
     "prepare_images",
     "prepare_images_backward",
     "project_onto_l1_ball",
+    "relu_backward",
     "relu_bits",
     "relu_bits_",
     "relu_bits_backward",

@@ -11,15 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from maskops.backends import reference
+from maskops.backends import _frozen, reference
 from maskops.backends._outputs import outputs
 from maskops.backends.cuda._module import ops
 from maskops.backends.reference.layers import Weighting, dual_backward
 
 _KERNELS = Weighting(ops.effective_weight.default, ops.effective_weight_backward.default)
-
-_without_cudnn: set[tuple] = set()
-"""The layers for which cuDNN has no fused kernel; it doesn't say so beforehand."""
 
 masked_linear = partial(reference.masked_linear, weighting=_KERNELS)
 masked_linear_backward = partial(reference.masked_linear_backward, weighting=_KERNELS)
@@ -29,7 +26,7 @@ dual_masked_linear_backward = partial(reference.dual_masked_linear_backward, wei
 
 def masked_conv(input, weight, mask, noise, bias, *geometry) -> Tensor:
     """``conv(input, weight * (mask + noise), bias)``; a depthwise one with no effective weight in memory."""
-    if not _is_depthwise(weight, *geometry):
+    if not is_depthwise(weight, geometry[-1], geometry[3]):
         return reference.masked_conv(input, weight, mask, noise, bias, *geometry, weighting=_KERNELS)
     (output,) = outputs("masked_conv", input, weight, mask, noise, bias, *geometry)
     ops.depthwise_conv_(output, input, *_filter(weight, mask, noise), bias, *geometry[:3])
@@ -40,7 +37,7 @@ def masked_conv_backward(grad, input, weight, mask, noise, input_size, *geometry
     """The gradients that ``needs`` asks for, in the order input, weight, mask, noise, bias."""
     *geometry, needs = geometry_and_needs
     arguments = (grad, input, weight, mask, noise, input_size, *geometry_and_needs)
-    if not _is_depthwise(weight, *geometry):
+    if not is_depthwise(weight, geometry[-1], geometry[3]):
         return reference.masked_conv_backward(*arguments, weighting=_KERNELS)
     made = outputs("masked_conv_backward", *arguments)
     need_input, *need_factors, need_bias = needs
@@ -66,44 +63,24 @@ def masked_conv_relu(
     Else the rest is one pass over the convolution's output.
     """
     geometry = (stride, padding, dilation, groups)
-    layer = input.shape, weight.shape, input.dtype, tuple(map(tuple, geometry[:3])), groups, residual is None
-    if layer not in _without_cudnn and _cudnn_serves(input, weight, residual):
-        try:
-            return _cudnn_conv_relu(input, weight, mask, noise, bias, scale, shift, residual, geometry)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            _without_cudnn.add(layer)
+    if _frozen.may_be_cudnns(input, weight, residual, *geometry):
+        output = _cudnn_conv_relu(input, weight, mask, noise, bias, scale, shift, residual, geometry)
+        if output is not None:
+            return output, ops.relu_bits_(output, math.inf)
     output = masked_conv(input, weight, mask, noise, bias, stride, padding, dilation, False, [0, 0], groups)
     if scale is None and shift is None and residual is None:
         return output, ops.relu_bits_(output, math.inf)
     return output, ops.affine_relu_bits_(output, scale, shift, residual, math.inf)
 
 
-def _cudnn_serves(input: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
-    """Whether cuDNN's fused layer is there for such tensors: channels_last in the dtype of the input."""
-    cudnn = torch.backends.cudnn
-    if input.device.type != "cuda" or not (cudnn.enabled and cudnn.is_available()) or weight.shape[1] == 1:
-        return False
-    layers = [input] if residual is None else [input, residual]
-    return all(t.dtype == input.dtype and t.is_contiguous(memory_format=torch.channels_last) for t in layers)
-
-
-def _cudnn_conv_relu(input, weight, mask, noise, bias, scale, shift, residual, geometry) -> tuple[Tensor, Tensor]:
+def _cudnn_conv_relu(input, weight, mask, noise, bias, scale, shift, residual, geometry) -> Tensor | None:
     noises, scales = [] if noise is None else [noise], [] if scale is None else [scale]
     effective = ops.effective_weights([weight], [mask], noises, scales, input.dtype)[-1]
-    effective = effective.contiguous(memory_format=torch.channels_last)
     if bias is not None and scale is not None:
         bias = bias * scale
     terms = [term for term in (bias, shift) if term is not None]
-    bias = sum(terms).to(input.dtype) if terms else None
-    stride, padding, dilation, groups = geometry
-    if residual is None:
-        output = torch.cudnn_convolution_relu(input, effective, bias, stride, padding, dilation, groups)
-    else:
-        sizes = stride, padding, dilation, groups
-        output = torch.cudnn_convolution_add_relu(input, effective, residual, 1.0, bias, *sizes)
-    return output, ops.relu_bits_(output, math.inf)
+    bias = sum(terms) if terms else None
+    return _frozen.cudnn_conv_relu(input, effective, bias, residual, *geometry)
 
 
 def dual_masked_conv(input, perturbed_input, weight, mask, noise, bias, *geometry) -> tuple[Tensor, Tensor]:
@@ -125,7 +102,7 @@ def dual_masked_conv_backward(
     return dual_backward(branch, grad, perturbed_grad, input, perturbed_input, one_input, noise, needs)
 
 
-def _is_depthwise(weight, stride, padding, dilation, transposed, output_padding, groups) -> bool:
+def is_depthwise(weight: Tensor, groups: int, transposed: bool = False) -> bool:
     """Whether it is a convolution over images with one filter and one output channel per input channel."""
     return weight.dim() == 4 and weight.shape[1] == 1 and groups == weight.shape[0] and not transposed
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskops.backends._frozen import may_be_cudnns
 from maskops.backends.cuda._module import EMULATED, kernel_attributes
+from maskops.backends.cuda.layers import is_depthwise
 
 _MOST_DIMENSIONS = 5
 
@@ -52,11 +55,24 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
+def describe(op: str, *arguments: Any) -> str | None:
+    """How a frozen layer would be computed on these arguments, where all of them are given."""
+    if op not in ("conv_relu", "conv_input_grad") or len(arguments) < 9:
+        return None
+    if is_depthwise(arguments[1], arguments[-2]):
+        return "direct: a depthwise layer has a kernel of its own"
+    if op == "conv_input_grad":
+        return "materialised: torch's own convolution, and one pass for the rest"
+    input, weight, _, residual, *geometry = arguments[:-1]
+    how = "with bias, residual and ReLU" if may_be_cudnns(input, weight, residual, *geometry) else "and one pass"
+    return f"materialised: torch's own convolution {how}"
+
+
 def unless_asked(op: str, *tensors: Tensor) -> str | None:
     """The emulator serves tests alone; dense layers are left to Triton's backend where that can serve."""
     if EMULATED:
         return "the CUDA emulator is for tests"
-    is_layer = op.startswith(("masked_", "dual_masked_")) and not (tensors and _may_be_depthwise(*tensors))
+    is_layer = op.startswith(("masked_", "dual_masked_", "conv_")) and not (tensors and _may_be_depthwise(*tensors))
     if is_layer and _triton() is not None and _triton().why_not(op, *tensors) is None:
         return "Triton's backend chooses between fused and materialised"
     return None

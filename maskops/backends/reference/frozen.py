@@ -25,14 +25,19 @@ def conv_input_grad(grad, weight, gate, addend, input_size, stride, padding, dil
 
     ``gate`` and ``upper`` are as for ``relu_backward``; both without ReLU before, or where its gradient comes later.
     """
+    result = input_gradient(grad, weight, input_size, stride, padding, dilation, groups)
+    if gate is not None:
+        return relu_backward(result, gate, addend, upper)
+    return result if addend is None else result.add_(addend)
+
+
+def input_gradient(grad, weight, input_size, stride, padding, dilation, groups) -> Tensor:
+    """The gradient of a convolution's input, channels_last where ``grad`` is."""
     input = grad.new_empty(input_size)
     if grad.is_contiguous(memory_format=torch.channels_last):
         input = torch.empty_like(input, memory_format=torch.channels_last)
     geometry = stride, padding, dilation, False, [0, 0], groups
-    result = aten.convolution_backward(grad, input, weight, None, *geometry, [True, False, False])[0]
-    if gate is not None:
-        return relu_backward(result, gate, addend, upper)
-    return result if addend is None else result.add_(addend)
+    return aten.convolution_backward(grad, input, weight, None, *geometry, [True, False, False])[0]
 
 
 def relu_backward(grad: Tensor, gate: Tensor, addend: Tensor | None, upper: float) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from maskops.backends.triton.sign_bits import finished
 from maskops.backends.triton.weights import load_factor, only_if
 
 
@@ -31,16 +32,19 @@ def _taps(
 
 @triton.jit
 def _tap(factors, channel, known, noisy, tap, NOISY: tl.constexpr, S: tl.constexpr):
-    """One tap of ``weight * (mask + noise)``; without ``NOISY``, of ``weight * mask``."""
+    """One tap of ``weight * (mask + noise)``; without ``NOISY`` of ``weight * mask``, without a mask of ``weight``."""
     weight, mask, noise, weight_strides, mask_strides, noise_strides = factors
     r = tap // S
     s = tap % S
-    factor = load_factor(mask + (channel * mask_strides[0] + r * mask_strides[1] + s * mask_strides[2]), known)
-    if NOISY and noise is not None:
-        at_noise = channel * noise_strides[0] + r * noise_strides[1] + s * noise_strides[2]
-        factor += load_factor(noise + at_noise, noisy)
     at = channel * weight_strides[0] + r * weight_strides[1] + s * weight_strides[2]
-    return tl.load(weight + at, mask=known, other=0).to(tl.float32) * factor
+    value = tl.load(weight + at, mask=known, other=0).to(tl.float32)
+    if mask is not None:
+        factor = load_factor(mask + (channel * mask_strides[0] + r * mask_strides[1] + s * mask_strides[2]), known)
+        if NOISY and noise is not None:
+            at_noise = channel * noise_strides[0] + r * noise_strides[1] + s * noise_strides[2]
+            factor += load_factor(noise + at_noise, noisy)
+        value *= factor
+    return value
 
 
 @triton.jit
@@ -104,21 +108,24 @@ def _load_bias(bias, stride, channel, inside, LANES: tl.constexpr, CHANNELS: tl.
 
 @triton.jit
 def _store_row(
-    output, second_output, offset, columns, sums, second_sums, OUTPUTS: tl.constexpr, COUNT: tl.constexpr
+    output, second_output, offset, columns, sums, second_sums, finish,
+    RELU: tl.constexpr, OUTPUTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
+    addend, gate, upper = finish
     for k in tl.static_range(COUNT):
         at = offset + columns[2 * k]
-        tl.store(output + at, sums[k].to(output.dtype.element_ty), mask=columns[2 * k + 1])
+        total = finished(sums[k], at, columns[2 * k + 1], addend, gate, upper, RELU)
+        tl.store(output + at, total.to(output.dtype.element_ty), mask=columns[2 * k + 1])
         if OUTPUTS == 2:
             tl.store(second_output + at, second_sums[k].to(output.dtype.element_ty), mask=columns[2 * k + 1])
 
 
 @triton.jit
 def walk(
-    output, second_output, source, second_source, weight, mask, noise, bias,
+    output, second_output, source, second_source, weight, mask, noise, bias, addend, gate, upper,
     output_strides, source_strides, second_source_strides, weight_strides, mask_strides, noise_strides, bias_stride,
     lanes, strips, channels, channel_blocks, output_size, size, first, rows,
-    FLIPPED: tl.constexpr, R: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
+    FLIPPED: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr, SOURCES: tl.constexpr, BRANCHES: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0) // channel_blocks * LANES + tl.arange(0, LANES)[:, None]
@@ -149,13 +156,14 @@ def walk(
     fresh = _load_bias(bias, bias_stride, channel, known, LANES, CHANNELS)
     sums = _repeat(fresh, R * COLUMNS)
     second_sums = sums
+    finish = (addend, gate, upper)
     begin = tl.program_id(1) * rows
     end = tl.minimum(begin + rows, output_size[0])
     # output row t needs the input rows from t + first to t + last; at the top of a large padding, none is there
     last = first[0] + R - 1
     for t in range(begin, tl.minimum(end, -last)):
         offset = place + t * output_strides[2]
-        _store_row(output, second_output, offset, output_columns, sums, second_sums, OUTPUTS, COLUMNS)
+        _store_row(output, second_output, offset, output_columns, sums, second_sums, finish, RELU, OUTPUTS, COLUMNS)
     for i in range(tl.maximum(begin + first[0], 0), tl.minimum(end + last, size[0])):
         row = _load_row(source + i * source_strides[2], columns, COLUMNS + S - 1)
         if OUTPUTS == 2:
@@ -166,14 +174,14 @@ def walk(
             sums = _add_row(sums, row, second_taps, fresh, 0, R, S, COLUMNS)
         if i - last >= begin:
             offset = place + (i - last) * output_strides[2]
-            _store_row(output, second_output, offset, output_columns, sums, second_sums, OUTPUTS, COLUMNS)
+            _store_row(output, second_output, offset, output_columns, sums, second_sums, finish, RELU, OUTPUTS, COLUMNS)
     for i in range(tl.maximum(begin + first[0], size[0]), end + last):
         sums = _shift(sums, fresh, R, COLUMNS)
         if OUTPUTS == 2:
             second_sums = _shift(second_sums, fresh, R, COLUMNS)
         if i - last >= begin:
             offset = place + (i - last) * output_strides[2]
-            _store_row(output, second_output, offset, output_columns, sums, second_sums, OUTPUTS, COLUMNS)
+            _store_row(output, second_output, offset, output_columns, sums, second_sums, finish, RELU, OUTPUTS, COLUMNS)
 
 
 @triton.jit
@@ -210,10 +218,10 @@ def _gather_tap(
 
 @triton.jit
 def gather(
-    output, second_output, source, second_source, weight, mask, noise, bias,
+    output, second_output, source, second_source, weight, mask, noise, bias, addend, gate, upper,
     output_strides, source_strides, second_source_strides, weight_strides, mask_strides, noise_strides, bias_stride,
     lanes, channels, channel_blocks, output_size, size, vertical, horizontal,
-    FLIPPED: tl.constexpr, R: tl.constexpr, S: tl.constexpr, UNROLLED: tl.constexpr,
+    FLIPPED: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, S: tl.constexpr, UNROLLED: tl.constexpr,
     OUTPUTS: tl.constexpr, SOURCES: tl.constexpr, BRANCHES: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0) // channel_blocks * LANES + tl.arange(0, LANES)[:, None]
@@ -248,7 +256,8 @@ def gather(
                 FLIPPED, R, S, OUTPUTS, SOURCES,
             )  # fmt: skip
     place = image * output_strides[0] + channel * output_strides[1] + y * output_strides[2] + x * output_strides[3]
-    tl.store(output + place, sums[0].to(output.dtype.element_ty), mask=inside)
+    total = finished(sums[0], place, inside, addend, gate, upper, RELU)
+    tl.store(output + place, total.to(output.dtype.element_ty), mask=inside)
     if OUTPUTS == 2:
         tl.store(second_output + place, sums[1].to(output.dtype.element_ty), mask=inside)
 

@@ -8,6 +8,9 @@ The masked weight is always the left operand, so that it goes from registers int
 A in registers) and the effective weight never exists in memory. The weight gradient comes in parts, each over a slice
 of the pixels, which a later kernel adds up in a fixed order.
 
+Without a mask the weight is the effective weight already. Either product ends in what comes next in a network: forward
+a residual and the ReLU, backward a second gradient and the ReLU that came before.
+
 A linear layer is a convolution of 1x1 over one pixel per row: POINTWISE leaves out all arithmetic on taps.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from maskops.backends.triton.sign_bits import finished
 from maskops.backends.triton.weights import load_factor
 
 
@@ -35,9 +39,15 @@ def load_factors(mask, noise, row, column, r, s, mask_strides, noise_strides, in
 
 @triton.jit
 def effective_tile(value, factor, kind: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile of effective weights as the matrix unit takes it: rounded once, also to TF32, which it would cut off."""
-    tile = value * factor
+    """A tile of effective weights as the matrix unit takes it."""
+    return left_factor(value * factor, kind, PRECISION)
+
+
+@triton.jit
+def left_factor(tile, kind: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile as the matrix unit takes it: rounded once, also to TF32, to which it would cut it off."""
     if kind == tl.float32 and PRECISION == "tf32":
+        tile = tile.to(tl.float32)
         rounded = ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         tile = tl.where(tile == tile, rounded, tile)  # the sum would turn some NaN into zero
     return tile.to(kind)
@@ -67,7 +77,7 @@ def step_of_sum(step, group_in, dilation, R: tl.constexpr, S: tl.constexpr, FLAT
 
 @triton.jit
 def conv_forward(
-    output, perturbed_output, input, perturbed_input, weight, mask, noise, bias, scale, shift, residual, bits,
+    output, perturbed_output, input, perturbed_input, weight, mask, noise, bias, scale, shift, residual, bits, upper,
     output_strides, input_strides, weight_strides, mask_strides, noise_strides,
     images, rows, columns, input_rows, input_columns, group_out, group_in, stride, padding, dilation,
     R: tl.constexpr, S: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, PER_NEURON: tl.constexpr,
@@ -88,7 +98,7 @@ def conv_forward(
     corner = image * input_strides[0] + top * input_strides[2] + left * input_strides[3]
     corner += group.to(tl.int64) * group_in * input_strides[1]
     weight_at = (out_at * weight_strides[0])[:, None]
-    if PER_NEURON:
+    if mask is not None and PER_NEURON:
         clean, perturbed = load_factors(
             mask, noise, out_at[:, None], 0, 0, 0, mask_strides, noise_strides, real_out[:, None], TWO
         )
@@ -99,11 +109,16 @@ def conv_forward(
         channel, real_k, r, s, down, right = step_of_sum(step, group_in, dilation, R, S, FLAT, BLOCK_C)
         real_weight = real_out[:, None] & real_k[None, :]
         at = channel[None, :] * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3]
-        value = tl.load(weight + weight_at + at, mask=real_weight, other=0).to(tl.float32)
-        if not PER_NEURON:
-            clean, perturbed = load_factors(
-                mask, noise, out_at[:, None], channel[None, :], r, s, mask_strides, noise_strides, real_weight, TWO
-            )
+        value = tl.load(weight + weight_at + at, mask=real_weight, other=0)
+        if mask is None:
+            effective = left_factor(value, kind, PRECISION)
+        else:
+            value = value.to(tl.float32)
+            if not PER_NEURON:
+                clean, perturbed = load_factors(
+                    mask, noise, out_at[:, None], channel[None, :], r, s, mask_strides, noise_strides, real_weight, TWO
+                )
+            effective = effective_tile(value, clean, kind, PRECISION)
         at = corner[None, :] + (channel.to(tl.int64) * input_strides[1])[:, None]
         real_input = real_k[:, None] & real_pixel[None, :]
         if not POINTWISE:
@@ -111,7 +126,7 @@ def conv_forward(
             real_input &= (below >= 0) & (below < input_rows) & (across >= 0) & (across < input_columns)
             at += down * input_strides[2] + right * input_strides[3]
         patch = tl.load(input + at, mask=real_input, other=0)
-        total = tl.dot(effective_tile(value, clean, kind, PRECISION), patch, total, input_precision=PRECISION)
+        total = tl.dot(effective, patch, total, input_precision=PRECISION)
         if TWO:
             if not ONE_INPUT:
                 patch = tl.load(perturbed_input + at, mask=real_input, other=0)
@@ -129,11 +144,7 @@ def conv_forward(
     pixel_at = image * output_strides[0] + row * output_strides[2] + column * output_strides[3]
     at = pixel_at[None, :] + out_at[:, None] * output_strides[1]
     real = real_out[:, None] & real_pixel[None, :]
-    if residual is not None:
-        total += tl.load(residual + at, mask=real, other=0).to(tl.float32)
-    if RELU:
-        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    result = total.to(kind)
+    result = finished(total, at, real, residual, None, upper, RELU).to(kind)
     tl.store(output + at, result, mask=real)
     if bits is not None:
         # eight neighbours in memory, which are eight output channels, make a byte
@@ -148,14 +159,14 @@ def conv_forward(
 
 @triton.jit
 def conv_input_grad(
-    grad_input, perturbed_grad_input, grad, perturbed_grad, weight, mask, noise, bias,
+    grad_input, perturbed_grad_input, grad, perturbed_grad, weight, mask, noise, bias, addend, gate, upper,
     grad_input_strides, grad_strides, weight_strides, mask_strides, noise_strides,
     images, rows, columns, input_rows, input_columns, group_out, group_in, stride, padding, dilation, tap_step,
     R: tl.constexpr, S: tl.constexpr, POINTWISE: tl.constexpr, PER_NEURON: tl.constexpr, TWO: tl.constexpr,
-    ONE_INPUT: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_INPUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of (input channels, pixels of one phase).
+    """Tiles of (input channels, pixels of one phase). PACKED: a byte of the gate's bits is of eight input channels.
 
     With a stride, an input pixel is reached by those taps alone that agree with its row and column modulo the stride.
     Pixels of one residue, one phase, have the same taps: first[i], first[i] + tap_step[i], ….
@@ -186,15 +197,20 @@ def conv_input_grad(
         real_weight = real_channel[:, None] & real_out[None, :]
         out_at = (group * group_out + out).to(tl.int64)
         at = (channel * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3])[:, None]
-        value = tl.load(weight + at + (out_at * weight_strides[0])[None, :], mask=real_weight, other=0).to(tl.float32)
-        if PER_NEURON:
-            clean, perturbed = load_factors(
-                mask, noise, out_at[None, :], 0, 0, 0, mask_strides, noise_strides, real_out[None, :], TWO
-            )
+        value = tl.load(weight + at + (out_at * weight_strides[0])[None, :], mask=real_weight, other=0)
+        if mask is None:
+            effective = left_factor(value, kind, PRECISION)
         else:
-            clean, perturbed = load_factors(
-                mask, noise, out_at[None, :], channel[:, None], r, s, mask_strides, noise_strides, real_weight, TWO
-            )
+            value = value.to(tl.float32)
+            if PER_NEURON:
+                clean, perturbed = load_factors(
+                    mask, noise, out_at[None, :], 0, 0, 0, mask_strides, noise_strides, real_out[None, :], TWO
+                )
+            else:
+                clean, perturbed = load_factors(
+                    mask, noise, out_at[None, :], channel[:, None], r, s, mask_strides, noise_strides, real_weight, TWO
+                )
+            effective = effective_tile(value, clean, kind, PRECISION)
         from_row, from_column, real_grad = row, column, real_pixel
         if not POINTWISE:
             from_row, from_column, reached = reached_by(row, column, r, s, rows, columns, stride, padding, dilation)
@@ -203,7 +219,7 @@ def conv_input_grad(
         at_grad = at_grad[None, :] + (out.to(tl.int64) * grad_strides[1])[:, None]
         real = real_out[:, None] & real_grad[None, :]
         incoming = tl.load(grad + at_grad, mask=real, other=0)
-        total = tl.dot(effective_tile(value, clean, kind, PRECISION), incoming, total, input_precision=PRECISION)
+        total = tl.dot(effective, incoming, total, input_precision=PRECISION)
         if TWO:
             incoming = tl.load(perturbed_grad + at_grad, mask=real, other=0)
             effective = effective_tile(value, perturbed, kind, PRECISION)
@@ -220,7 +236,17 @@ def conv_input_grad(
         perturbed_total += shift
     at = pixel_at[None, :] + channel_at[:, None] * grad_input_strides[1]
     real = real_channel[:, None] & real_pixel[None, :]
-    tl.store(grad_input + at, total.to(kind), mask=real)
+    if PACKED:
+        if addend is not None:
+            total += tl.load(addend + at, mask=real, other=0).to(tl.float32)
+        byte = (tl.program_id(0) % in_tiles) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+        at_byte = ((pixel_at + group * group_in) // 8)[None, :] + byte[:, None]
+        packed = tl.load(gate + at_byte, mask=(byte < group_in // 8)[:, None] & real_pixel[None, :], other=0)
+        lets_pass = packed.to(tl.int32)[:, None, :] >> tl.arange(0, 8)[None, :, None] & 1
+        total = tl.where(tl.reshape(lets_pass, (BLOCK_C, BLOCK_P)) != 0, total, 0.0)
+    else:
+        total = finished(total, at, real, addend, gate, upper, False)
+    tl.store(grad_input + at, total.to(grad_input.dtype.element_ty), mask=real)
     if TWO and not ONE_INPUT:
         tl.store(perturbed_grad_input + at, perturbed_total.to(kind), mask=real)
 

@@ -22,6 +22,7 @@ from maskops.backends.triton.blocks import (
 )
 from maskops.backends.triton.convolution import conv_forward, conv_input_grad, conv_weight_grad
 from maskops.backends.triton.layer_views import Layer, are_wide, in_a_row, steps
+from maskops.backends.triton.sign_bits import NOTHING, Finish
 
 Result = TypeVar("Result")
 
@@ -32,7 +33,8 @@ _WORKSPACE = 1 << 26
 class Epilogue(NamedTuple):
     """What happens to a tile of outputs before it is written: ``relu(scale * output + shift + residual)``, one branch.
 
-    bits: where the ReLU's bits go, in whole bytes of neighbouring channels; None: nowhere
+    bits:  where the ReLU's bits go, in whole bytes of neighbouring channels; None: nowhere
+    upper: of the ReLU; None: nothing
     """
 
     scale: Tensor | None = None
@@ -40,13 +42,14 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     bits: Tensor | None = None
     relu: bool = False
+    upper: float | None = None
 
 
-_NOTHING = Epilogue()
+_PLAIN = Epilogue()
 
 
 def forward(
-    outputs: list[Tensor], inputs: list[Tensor], layer: Layer, bias: Tensor | None, epilogue: Epilogue = _NOTHING
+    outputs: list[Tensor], inputs: list[Tensor], layer: Layer, bias: Tensor | None, epilogue: Epilogue = _PLAIN
 ) -> None:
     """Write the outputs: of one input with noise, or of two, the first without noise and the second with it."""
     images, _, rows, columns = outputs[0].shape
@@ -63,6 +66,7 @@ def forward(
             (cdiv(group_out, tile.left) * cdiv(pixels, tile.right), layer.groups),
             *(outputs[0], outputs[-1], inputs[0], inputs[-1]),
             *(layer.weight, layer.mask, layer.noise, bias, scale, shift, epilogue.residual, epilogue.bits),
+            epilogue.upper,
             *(steps(outputs[0]), steps(inputs[0]), *layer.steps()),
             *(images, rows, columns, *inputs[0].shape[2:], group_out, channels),
             *(layer.stride, layer.padding, layer.dilation),
@@ -77,11 +81,17 @@ def forward(
     entry_bytes = (layer.entry_bytes, inputs[0].element_size() * (1 if inputs[0] is inputs[-1] else 2))
     scattered = layer.flat or not are_wide(inputs[0], layer.weight)
     tile = blocks(sizes, entry_bytes, kind, len(outputs), device, scattered)
-    what = ("forward", *(part is None for part in epilogue[:4]))
+    what = ("forward", *(part is None for part in epilogue[:4]), epilogue.upper is None)
     start_best(start, occupy(tile, out, pixels, device), entry_bytes, what, outputs, inputs, layer)
 
 
-def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bias: Tensor | None = None) -> None:
+def input_grad(
+    grad_inputs: list[Tensor],
+    grads: list[Tensor],
+    layer: Layer,
+    bias: Tensor | None = None,
+    finish: Finish = NOTHING,
+) -> None:
     """Write the gradient of each input; of two gradients and one input the sum. With a bias: a transposed layer."""
     images, _, rows, columns = grads[0].shape
     input_rows, input_columns = grad_inputs[0].shape[2:]
@@ -91,30 +101,34 @@ def input_grad(grad_inputs: list[Tensor], grads: list[Tensor], layer: Layer, bia
     phases = layer.phases
     pixels = images * cdiv(input_rows, layer.stride[0]) * cdiv(input_columns, layer.stride[1])
     device, kind = grads[0].device, kind_of_product(grads[0].dtype, layer.precision)
-    few_registers = len(grads) == 1 and (layer.per_neuron or phases > 1)
+    few_registers = len(grads) == 1 and layer.mask is not None and (layer.per_neuron or phases > 1)
     many_registers = kind == "tf32" and not has_wgmma(device)
+    has_bits = finish.gate is not None and finish.gate.dtype == torch.uint8
+    packed = has_bits and channels % 8 == 0 and grad_inputs[0].is_contiguous(memory_format=torch.channels_last)
 
     def start(tile: Blocks) -> None:
-        programs = 2 if few_registers and tile.warps == 8 else 1 if many_registers else None
+        programs = 2 if few_registers and tile.warps == 8 else 1 if many_registers or has_bits > packed else None
         run(
             conv_input_grad,
             (cdiv(channels, tile.left) * cdiv(pixels, tile.right), layer.groups, phases),
             *(grad_inputs[0], grad_inputs[-1], grads[0], grads[-1], layer.weight, layer.mask, layer.noise, bias),
+            *finish[:3],
             *(steps(grad_inputs[0]), steps(grads[0]), *layer.steps()),
             *(images, rows, columns, input_rows, input_columns, group_out, channels),
             *(layer.stride, layer.padding, layer.dilation, layer.tap_step),
             *(r, s, layer.pointwise and phases == 1, layer.per_neuron, len(grads) == 2, len(grad_inputs) == 1),
-            *(layer.precision, tile.left, tile.right, tile.inner),
+            *(packed, layer.precision, tile.left, tile.right, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=registers(programs, tile.warps),
         )
 
     entry_bytes = (layer.entry_bytes, grads[0].element_size() * len(grads))
-    scattered = phases > 1 or not are_wide(grads[0], layer.weight)
+    scattered = phases > 1 or has_bits > packed or not are_wide(grads[0], layer.weight)
     tile = blocks((channels, pixels, group_out), entry_bytes, kind, len(grads), device, scattered)
     tile = occupy(tile, layer.groups * channels, phases * pixels, device)
-    start_best(start, tile, entry_bytes, ("input gradient",), grad_inputs, grads, layer)
+    what = ("input gradient", finish.addend is None, finish.gate is None, has_bits, finish.upper is None)
+    start_best(start, tile, entry_bytes, what, grad_inputs, grads, layer)
 
 
 def weight_grad(

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskops.backends.triton import _depthwise_kernels as kernels
 from maskops.backends.triton._launch import cdiv, power_of_two, run
 from maskops.backends.triton.blocks import processors, registers
+from maskops.backends.triton.sign_bits import NOTHING, Finish
 from maskops.backends.triton.weights import spread
 
 _WARPS = 4
@@ -32,34 +33,36 @@ def forward(
     outputs: list[Tensor],
     inputs: list[Tensor],
     weight: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     noise: Tensor | None,
     bias: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    finish: Finish = NOTHING,
 ) -> None:
     """Write the convolution of one input, or of two (or one for both): the first without noise, the second with it."""
     inputs = inputs[:1] if inputs[0] is inputs[-1] else inputs
     geometry = tuple((stride[i], dilation[i], -padding[i], 1) for i in range(2))
-    _convolve(outputs, inputs, weight, mask, noise, bias, geometry, False)
+    _convolve(outputs, inputs, weight, mask, noise, bias, geometry, False, finish)
 
 
 def input_grad(
     grad_inputs: list[Tensor],
     grads: list[Tensor],
     weight: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     noise: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    finish: Finish = NOTHING,
 ) -> None:
     """Write the gradient of each input, or that of the one input of both branches: their sum."""
     # a convolution with the filter turned round, over gradients that lie ``stride`` apart
     first = [padding[i] - dilation[i] * (weight.shape[2 + i] - 1) for i in range(2)]
     geometry = tuple((1, dilation[i], first[i], stride[i]) for i in range(2))
-    _convolve(grad_inputs, grads, weight, mask, noise, None, geometry, True)
+    _convolve(grad_inputs, grads, weight, mask, noise, None, geometry, True, finish)
 
 
 def weight_grad(
@@ -97,7 +100,7 @@ def weight_grad(
     return total, second
 
 
-def _convolve(targets, sources, weight, mask, noise, bias, geometry, flipped) -> None:
+def _convolve(targets, sources, weight, mask, noise, bias, geometry, flipped, finish=NOTHING) -> None:
     """``targets[t, c] = bias[c] + sum over r of (weight * (mask + noise))[c, r] * sources[(t*A + r*B + C) / D, c]``.
 
     geometry: (A, B, C, D) of the rows and of the columns; a term whose quotient isn't whole is none
@@ -116,7 +119,7 @@ def _convolve(targets, sources, weight, mask, noise, bias, geometry, flipped) ->
     tensors = targets[0], targets[-1], sources[0], sources[-1]
     strides = targets[0].stride(), sources[0].stride(), sources[-1].stride()
     factor_strides = [(0, 0, 0) if factor is None else (factor.stride(0), *factor.stride()[2:]) for factor in factors]
-    arguments = *tensors, *factors, bias, *strides, *factor_strides, 0 if bias is None else bias.stride(0)
+    arguments = *tensors, *factors, bias, *finish[:3], *strides, *factor_strides, 0 if bias is None else bias.stride(0)
     counts = len(targets) if branches == 1 else 1, len(sources) if branches == 1 else 1, branches
     images, channels, *size = targets[0].shape
     innermost = _channels_innermost(sources[0])
@@ -131,7 +134,7 @@ def _convolve(targets, sources, weight, mask, noise, bias, geometry, flipped) ->
             kernels.walk, (programs, cdiv(size[0], rows), branches), *arguments,
             images * strips, strips, channels, channel_blocks, tuple(size), tuple(sources[0].shape[2:]),
             (geometry[0][2], geometry[1][2]), rows,
-            flipped, *kernel, columns, *counts, lane_block, channel_block, num_warps=_WARPS,
+            flipped, finish.relu, *kernel, columns, *counts, lane_block, channel_block, num_warps=_WARPS,
         )  # fmt: skip
         return
     channel_block, lane_block = _blocks(channels, innermost, 4, 2)
@@ -140,7 +143,8 @@ def _convolve(targets, sources, weight, mask, noise, bias, geometry, flipped) ->
     run(
         kernels.gather, (cdiv(pixels, lane_block) * channel_blocks, 1, branches), *arguments,
         pixels, channels, channel_blocks, tuple(size), tuple(sources[0].shape[2:]), *geometry,
-        flipped, *kernel, kernel[0] * kernel[1] <= _UNROLLED, *counts, lane_block, channel_block, num_warps=_WARPS,
+        flipped, finish.relu, *kernel, kernel[0] * kernel[1] <= _UNROLLED, *counts, lane_block, channel_block,
+        num_warps=_WARPS,
     )  # fmt: skip
 
 

@@ -19,12 +19,13 @@ _FEW_CHANNELS = 16
 class Layer(NamedTuple):
     """A masked layer: weight (O, C / groups, R, S), the factors with strides of 0 where they are broadcast.
 
+    mask:       None where the weight is the effective weight already; then there is no noise either
     transposed: the layer is the transpose of this convolution: O counts its input's channels
     precision:  of float32 products, "ieee" or "tf32"
     """
 
     weight: Tensor
-    mask: Tensor
+    mask: Tensor | None
     noise: Tensor | None
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -75,7 +76,7 @@ class Op(NamedTuple):
 
     layer: Layer
     weight: Tensor
-    mask: Tensor
+    mask: Tensor | None
     noise: Tensor | None
     image: Callable[[Tensor], Tensor]
     """An activation as (images, channels, rows, columns)."""

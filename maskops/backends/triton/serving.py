@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskops.backends.triton import layers
+from maskops.backends.triton import ways
 from maskops.backends.triton._launch import INTERPRETED
-from maskops.backends.triton.ways import choose
 
 
 def why_not(op: str, *tensors: Tensor) -> str | None:
@@ -34,9 +33,9 @@ def why_not(op: str, *tensors: Tensor) -> str | None:
 
 def describe(op: str, *arguments: Any) -> str | None:
     """How an op would be computed on these arguments, where there is a choice and all of them are given."""
-    if not hasattr(layers, op) or len(arguments) < len(getattr(torch.ops.maskops, op).default._schema.arguments) - 1:
+    if op not in ways.OPS or len(arguments) < len(getattr(torch.ops.maskops, op).default._schema.arguments) - 1:
         return None
-    return ": ".join(choose(op, *arguments))
+    return ": ".join(ways.choose(op, *arguments))
 
 
 def unless_asked(op: str, *tensors: Tensor) -> str | None:

@@ -1,7 +1,9 @@
-"""The two ways to compute a masked layer, and which of them an op takes.
+"""The two ways to compute a layer, and which of them an op takes.
 
 fused:        the mask is applied inside the kernel, and no effective weight is ever in memory
 materialised: one launch writes the effective weight, then torch's own layer runs
+
+A frozen layer, whose weight is the effective one already, has the same two ways: one Triton kernel, or torch's layer.
 
 For a dense layer and a training batch the libraries' kernels win, and the effective weight is a small part of what
 moves. The fused kernels win on depthwise layers, where the weight is read by so few pixels that its own bytes decide,
@@ -28,21 +30,35 @@ FUSED, MATERIALISED = "fused", "materialised"
 _PIN = "MASKOPS_LAYERS"
 _KERNELS = Weighting(effective_weight, effective_weight_backward)
 _WEIGHT_AT = {"masked": 1, "masked_backward": 2, "dual": 2, "dual_backward": 5}
+_FROZEN = ("conv_relu", "conv_input_grad")
+"""The ops without a mask; their weight comes second, and no number after the groups but the ReLU's upper bound."""
+OPS: list[str] = []
+"""The ops that have two ways."""
 _RIDGE = 184
 """Pixels per weight of two bytes at which a matrix unit (790 TFLOP/s) takes as long as the memory (4.3 TB/s)."""
 
 
 def either_way(fused: Callable[..., Any]) -> Callable[..., Any]:
     """The op of the function's name, computed by the function or materialised."""
-    name = fused.__name__
-    ways = {FUSED: fused, MATERIALISED: partial(getattr(reference, name), weighting=_KERNELS)}
+    return either_way_or(partial(getattr(reference, fused.__name__), weighting=_KERNELS))(fused)
 
-    @wraps(fused)
-    def op(*arguments: Any) -> Any:
-        way, _ = choose(name, *arguments, start=lambda way: ways[way](*arguments))
-        return ways[way](*arguments)
 
-    return op
+def either_way_or(materialised: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The op of a function's name, computed by the function, fused, or by the other one."""
+
+    def decorated(fused: Callable[..., Any]) -> Callable[..., Any]:
+        name = fused.__name__
+        ways = {FUSED: fused, MATERIALISED: materialised}
+        OPS.append(name)
+
+        @wraps(fused)
+        def op(*arguments: Any) -> Any:
+            way, _ = choose(name, *arguments, start=lambda way: ways[way](*arguments))
+            return ways[way](*arguments)
+
+        return op
+
+    return decorated
 
 
 def choose(op: str, *arguments: Any, start: Callable[[str], object] | None = None) -> tuple[str, str]:
@@ -71,6 +87,8 @@ def choose(op: str, *arguments: Any, start: Callable[[str], object] | None = Non
 
 
 def _weight(op: str, arguments: tuple[Any, ...]) -> Tensor:
+    if op in _FROZEN:
+        return arguments[1]
     kind = ("dual" if op.startswith("dual") else "masked") + ("_backward" if op.endswith("_backward") else "")
     return arguments[_WEIGHT_AT[kind]]
 
@@ -83,11 +101,15 @@ def _expected(op: str, weight: Tensor, arguments: tuple[Any, ...]) -> tuple[str,
         return FUSED, "a depthwise layer has a kernel of its own"
     if pixels < _RIDGE:
         return FUSED, f"{pixels} pixels are so few that the bytes of the weight decide"
+    if op in _FROZEN:
+        return MATERIALISED, f"with {pixels} pixels torch's own convolution is expected to be the faster one"
     return MATERIALISED, f"with {pixels} pixels the effective weight is a small part of what moves"
 
 
 def _groups(op: str, arguments: tuple[Any, ...]) -> tuple[int, bool]:
     """How many groups a convolution has, and whether it is transposed."""
+    if op in _FROZEN:
+        return arguments[-2], False
     *_, transposed, _, groups = arguments[:-1] if op.endswith("_backward") else arguments
     return groups, transposed
 
