@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -38,12 +36,6 @@ class _AbsentGPU:
         return 0
 
 
-def _layout(input: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
-    """That of a convolution's output: cuDNN's, while torch would have all outputs contiguous where there is no data."""
-    last = any(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in (input, weight))
-    return torch.channels_last if last else torch.contiguous_format
-
-
 class Compiler:
     """Compiles what cases launch, and keeps one row for each binary, and what went wrong.
 
@@ -65,7 +57,6 @@ class Compiler:
         with (
             patch.object(_launch, "launch", self._launch),
             patch.object(blocks, "capability", lambda device: capability),
-            patch.object(torch._C, "_conv_determine_backend_memory_format", _layout),
             # else most layers would be computed by torch's own kernels
             patch.dict(os.environ, MASKOPS_LAYERS="fused"),
         ):

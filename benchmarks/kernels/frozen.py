@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks.kernels.cases import BFLOAT16, FLOAT16, FLOAT32, KINDS, LAST, TF32, Case, Kind, empty, multiplied
 from maskops.backends import triton as ops
+
+
+def _layout(input: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+    """That of a convolution's output: cuDNN's, while torch would have all outputs contiguous where there is no data."""
+    last = any(tensor.is_contiguous(memory_format=LAST) for tensor in (input, weight))
+    return LAST if last else torch.contiguous_format
+
+
+@contextmanager
+def _as_computed(kind: Kind) -> Iterator[None]:
+    with multiplied(kind.precision), patch.object(torch._C, "_conv_determine_backend_memory_format", _layout):
+        yield
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class Frozen:
         def call() -> None:
             added = self._output() if residual else None
             bias = empty(self.weight[0], dtype=self.kind.dtype)
-            with multiplied(self.kind.precision):
+            with _as_computed(self.kind):
                 ops.conv_relu(self._input(), self._weight(), bias, added, *self._geometry(), upper)
 
         also = ", residual" * residual + (", relu" if upper == float("inf") else ", relu6")
@@ -42,22 +57,22 @@ class Frozen:
             chosen = {"bits": bits, "output": input, None: None}[gate]
             added = self._input() if addend else None
             given = self._output(), self._weight(), chosen, added, list(self.input)
-            with multiplied(self.kind.precision):
+            with _as_computed(self.kind):
                 ops.conv_input_grad(*given, *self._geometry(), upper)
 
         also = (f", {gate} of the relu before" if gate else "") + ", addend" * addend
         return Case(self.kind.words, f"{self.words}, input gradient{also}", call)
 
-    def _tensor(self, *size: int) -> torch.Tensor:
+    def _tensor(self, *size: int) -> Tensor:
         return empty(*size, dtype=self.kind.dtype, memory_format=self.layout)
 
-    def _input(self) -> torch.Tensor:
+    def _input(self) -> Tensor:
         return self._tensor(*self.input)
 
-    def _weight(self) -> torch.Tensor:
+    def _weight(self) -> Tensor:
         return self._tensor(*self.weight)
 
-    def _output(self) -> torch.Tensor:
+    def _output(self) -> Tensor:
         images, _, *sides = self.input
         return self._tensor(images, self.weight[0], *(-(-side // self.stride) for side in sides))
 

@@ -58,7 +58,10 @@ def forward(
     two = len(outputs) == 2
     bias, scale, shift = (in_a_row(vector) for vector in (bias, epilogue.scale, epilogue.shift))
     device, kind = inputs[0].device, kind_of_product(inputs[0].dtype, layer.precision)
-    programs = 1 if kind == "tf32" and not has_wgmma(device) else None
+    scattered = layer.flat or not are_wide(inputs[0], layer.weight)
+    programs = None
+    if not has_wgmma(device) and kind != "half":
+        programs = 1 if kind == "tf32" else 3 if not two and not scattered else None
 
     def start(tile: Blocks) -> None:
         run(
@@ -79,7 +82,6 @@ def forward(
 
     sizes = (group_out, pixels, channels * (r * s if layer.flat else 1))
     entry_bytes = (layer.entry_bytes, inputs[0].element_size() * (1 if inputs[0] is inputs[-1] else 2))
-    scattered = layer.flat or not are_wide(inputs[0], layer.weight)
     tile = blocks(sizes, entry_bytes, kind, len(outputs), device, scattered)
     what = ("forward", *(part is None for part in epilogue[:4]), epilogue.upper is None)
     start_best(start, occupy(tile, out, pixels, device), entry_bytes, what, outputs, inputs, layer)
