@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,11 @@ def conv_relu(
     input, weight, bias, residual, stride, padding, dilation, groups, upper, add_relu_: Callable[..., Tensor]
 ) -> Tensor:
     """``clamp(conv2d(input, weight, bias) + residual, 0, upper)``; ``add_relu_`` does all but the convolution."""
-    output = cudnn_conv_relu(input, weight, bias, residual, stride, padding, dilation, groups)
+    geometry = stride, padding, dilation, groups
+    output = cudnn_conv_relu(input, weight, bias, residual, *geometry)
     if output is not None:
-        return output if upper == math.inf else output.clamp_(max=upper)
+        output = output if upper == math.inf else output.clamp_(max=upper)
+        return _laid_out(output, "conv_relu", input, weight, bias, residual, *geometry, upper)
     output = aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
     return add_relu_(output, residual, upper)
 
@@ -45,8 +48,12 @@ def conv_input_grad(
         result = relu_backward_(result, gate, addend, upper)
     elif addend is not None:
         result.add_(addend)
-    # in torch's own result, a gate or an addend may decide the layout
-    ((size, stride, *_),) = layouts("conv_input_grad", grad, weight, gate, addend, input_size, *geometry_and_upper)
+    return _laid_out(result, "conv_input_grad", grad, weight, gate, addend, input_size, *geometry_and_upper)
+
+
+def _laid_out(result: Tensor, op: str, *arguments: Any) -> Tensor:
+    """The result, or else a copy, laid out as the reference's, whose layout a gate or an addend may decide."""
+    ((size, stride, *_),) = layouts(op, *arguments)
     if result.stride() == stride:
         return result
     if all(one == other for entries, one, other in zip(size, result.stride(), stride, strict=True) if entries != 1):
