@@ -110,15 +110,12 @@ def conv_forward(
         real_weight = real_out[:, None] & real_k[None, :]
         at = channel[None, :] * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3]
         value = tl.load(weight + weight_at + at, mask=real_weight, other=0)
-        if mask is None:
-            effective = left_factor(value, kind, PRECISION)
-        else:
+        if mask is not None:
             value = value.to(tl.float32)
             if not PER_NEURON:
                 clean, perturbed = load_factors(
                     mask, noise, out_at[:, None], channel[None, :], r, s, mask_strides, noise_strides, real_weight, TWO
                 )
-            effective = effective_tile(value, clean, kind, PRECISION)
         at = corner[None, :] + (channel.to(tl.int64) * input_strides[1])[:, None]
         real_input = real_k[:, None] & real_pixel[None, :]
         if not POINTWISE:
@@ -126,6 +123,10 @@ def conv_forward(
             real_input &= (below >= 0) & (below < input_rows) & (across >= 0) & (across < input_columns)
             at += down * input_strides[2] + right * input_strides[3]
         patch = tl.load(input + at, mask=real_input, other=0)
+        if mask is None:
+            effective = left_factor(value, kind, PRECISION)
+        else:
+            effective = effective_tile(value, clean, kind, PRECISION)
         total = tl.dot(effective, patch, total, input_precision=PRECISION)
         if TWO:
             if not ONE_INPUT:
@@ -198,9 +199,7 @@ def conv_input_grad(
         out_at = (group * group_out + out).to(tl.int64)
         at = (channel * weight_strides[1] + r * weight_strides[2] + s * weight_strides[3])[:, None]
         value = tl.load(weight + at + (out_at * weight_strides[0])[None, :], mask=real_weight, other=0)
-        if mask is None:
-            effective = left_factor(value, kind, PRECISION)
-        else:
+        if mask is not None:
             value = value.to(tl.float32)
             if PER_NEURON:
                 clean, perturbed = load_factors(
@@ -210,7 +209,6 @@ def conv_input_grad(
                 clean, perturbed = load_factors(
                     mask, noise, out_at[None, :], channel[:, None], r, s, mask_strides, noise_strides, real_weight, TWO
                 )
-            effective = effective_tile(value, clean, kind, PRECISION)
         from_row, from_column, real_grad = row, column, real_pixel
         if not POINTWISE:
             from_row, from_column, reached = reached_by(row, column, r, s, rows, columns, stride, padding, dilation)
@@ -219,6 +217,10 @@ def conv_input_grad(
         at_grad = at_grad[None, :] + (out.to(tl.int64) * grad_strides[1])[:, None]
         real = real_out[:, None] & real_grad[None, :]
         incoming = tl.load(grad + at_grad, mask=real, other=0)
+        if mask is None:
+            effective = left_factor(value, kind, PRECISION)
+        else:
+            effective = effective_tile(value, clean, kind, PRECISION)
         total = tl.dot(effective, incoming, total, input_precision=PRECISION)
         if TWO:
             incoming = tl.load(perturbed_grad + at_grad, mask=real, other=0)

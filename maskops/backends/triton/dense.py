@@ -59,9 +59,7 @@ def forward(
     bias, scale, shift = (in_a_row(vector) for vector in (bias, epilogue.scale, epilogue.shift))
     device, kind = inputs[0].device, kind_of_product(inputs[0].dtype, layer.precision)
     scattered = layer.flat or not are_wide(inputs[0], layer.weight)
-    programs = None
-    if not has_wgmma(device) and kind != "half":
-        programs = 1 if kind == "tf32" else 3 if not two and not scattered else None
+    programs = 1 if kind == "tf32" and not has_wgmma(device) else None
 
     def start(tile: Blocks) -> None:
         run(
@@ -109,7 +107,13 @@ def input_grad(
     packed = has_bits and channels % 8 == 0 and grad_inputs[0].is_contiguous(memory_format=torch.channels_last)
 
     def start(tile: Blocks) -> None:
-        programs = 2 if few_registers and tile.warps == 8 else 1 if many_registers or has_bits > packed else None
+        programs = None
+        if few_registers and tile.warps == 8:
+            programs = 2
+        elif many_registers or has_bits > packed:
+            programs = 1
+        elif layer.mask is None and kind == "ieee" and not has_wgmma(device):
+            programs = 3
         run(
             conv_input_grad,
             (cdiv(channels, tile.left) * cdiv(pixels, tile.right), layer.groups, phases),
