@@ -13,6 +13,7 @@ from benchmarks.contestants import CONTESTANTS, Maskops
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, SECOND_MOMENT, make_problem
 from benchmarks.published import Official
 from benchmarks.steps_table import table
+from maskops.purify._draws import Batch
 
 CPU = torch.device("cpu")
 TINY = f"{__name__}:tiny"

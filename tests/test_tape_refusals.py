@@ -106,6 +106,7 @@ def test_what_tracing_can_not_see_is_found_by_trying(monkeypatch):
     model = WorkingModel(network, images())
     network.requires_grad_()
     monkeypatch.setattr(graph, "_no_functions_of_its_own", nullcontext)
+    monkeypatch.setattr(graph, "_modes", tuple)
     model.make_tape(images())
     assert model.tape_reason == "its logits or their gradient come out otherwise"
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
