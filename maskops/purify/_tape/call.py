@@ -169,7 +169,7 @@ class Call:
         self.deliver(value, torch.ops.maskops.conv_input_grad(grad, weight, gate, addend, size, *geometry, upper))
 
     def add_to_parameter(self, slot: int, grad: Tensor) -> None:
-        """Add to a parameter's gradient, later and with others."""
+        """Add to a parameter's gradient: at once, or later and with others."""
         parameter = self.parameters[slot]
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(grad)
@@ -179,7 +179,8 @@ class Call:
             grad = grad + self._pending.pop(id(parameter))[1]
         self._pending[id(parameter)] = parameter.grad, grad
         self._pending_bytes += grad.nbytes
-        if self._pending_bytes > _PENDING_BYTES:
+        # where memory counts rather than launches, none waits: it is added while it is in the cache
+        if self.bits or self._pending_bytes > _PENDING_BYTES:
             self.flush()
 
     def flush(self) -> None:
