@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dry, epoch, kernels, networks, ops, plan, report, results, steps, tables
+from benchmarks import dry, epoch, kernels, networks, ops, plan, report, results, steps, sweep, tables
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.steps_table import table
 
@@ -49,6 +49,12 @@ def _measured(options: argparse.Namespace) -> Iterator[tuple[results.Outcome, st
             for dtype in dtypes:
                 outcome = epoch.run(net, batch, dtype, device, options.repeats or 3)
                 yield outcome, epoch.table(outcome)
+        return
+    if options.command == "sweep":
+        for net, batch in _nets(options):
+            for dtype in dtypes:
+                outcome = sweep.run(net, options.runs, batch, dtype, device, options.repeats or 3, 1)
+                yield outcome, sweep.table(outcome)
         return
     repeats, warmup = (100, 20) if device.type == "cuda" else (7, 1)
     repeats = options.repeats or repeats
@@ -89,8 +95,8 @@ def _nets(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("steps", steps.__doc__), ("epoch", epoch.__doc__), ("ops", ops.__doc__)):
-        command = commands.add_parser(name, help=what, description=what)
+    for name, module in {"steps": steps, "epoch": epoch, "sweep": sweep, "ops": ops}.items():
+        command = commands.add_parser(name, help=module.__doc__, description=module.__doc__)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         known = f"names that maskops.models.build knows; {', '.join(networks.OTHERS)}"
         command.add_argument("--net", nargs="+", default=list(steps.NETS), help=known)
@@ -98,13 +104,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=int, nargs="+", help=usual)
         dtypes = [dtype for dtype in DTYPES if name == "ops" or DTYPES[dtype] in steps.TOLERANCE]
         command.add_argument("--dtype", nargs="+", choices=dtypes, default=["float32"])
-        repeats = "3" if name == "epoch" else "100 on a GPU, 7 on a CPU"
+        repeats = "3" if name in ("epoch", "sweep") else "100 on a GPU, 7 on a CPU"
         command.add_argument("--repeats", type=int, help=repeats)
         command.add_argument("--out", type=Path, help="a CSV, or a folder of one per device; benchmarks/results")
         if name == "steps":
             _add_steps(command)
         elif name == "ops":
             _add_ops(command)
+        elif name == "sweep":
+            command.add_argument("--runs", type=int, default=16, help="so many at once")
     kernels.add_arguments(commands.add_parser("kernels", help=kernels.__doc__, description=kernels.__doc__))
     tables.add_arguments(commands.add_parser("tables", help=tables.__doc__, description=tables.__doc__))
     command = commands.add_parser("report", help="write the README's tables and the pictures from the results")

@@ -130,6 +130,7 @@ part steps-resnet50 50 "$python" -m benchmarks steps --device cuda --net resnet5
 part steps-anp 40 "$python" -m benchmarks steps --device cuda --method anp --net resnet18 --dtype bfloat16 --repeats 20 \
     --contestants official lean careful maskops --loader --out "$out"
 part epoch 30 "$python" -m benchmarks epoch --device cuda --dtype bfloat16 --repeats 2 --out "$out"
+part sweep 30 "$python" -m benchmarks sweep --device cuda --net small_vgg --dtype bfloat16 --repeats 2 --out "$out"
 part ops 80 "$python" -m benchmarks ops --device cuda --dtype bfloat16 float32 --repeats 15 --seconds 70 \
     --out "$out"
 

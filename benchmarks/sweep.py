@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import networks
 from benchmarks.measure import Samples
 from benchmarks.problem import Problem, make_problem, why_not
-from benchmarks.results import Outcome, make_row, say
+from benchmarks.results import Outcome, aligned, make_row, say
 from maskops.purify import Purification, awm, sweep
 
 SHORT, LONG = 1, 3
@@ -24,7 +25,7 @@ def run(
 ) -> Outcome:
     """Time an epoch of so many runs of AWM, in its published setting but for the seeds, each way."""
     outcome = Outcome()
-    reason = why_not(dtype, device)
+    reason = why_not(dtype, device) or networks.why_not(net)
     if reason is not None:
         outcome.absent = dict.fromkeys(WAYS, reason)
         return outcome
@@ -45,8 +46,19 @@ def run(
                 samples[name].ms.append(ms / (LONG - SHORT))
     for name, of_way in samples.items():
         phase = f"epoch of {runs} runs"
-        outcome.rows.append(make_row("sweep", net, batch, dtype, name, phase, of_way.percentiles(), device=device))
+        row = make_row("sweep", net, batch, dtype, name, phase, of_way.percentiles(), device, method="awm")
+        outcome.rows.append(row)
     return outcome
+
+
+def table(outcome: Outcome) -> str:
+    """A line per way, and how many times as long as side by side it takes."""
+    lines = [["", "ms", "20 %", "80 %", "/maskops"]]
+    ours = next((row for row in outcome.rows if row.contestant == "maskops"), None)
+    lines += [[r.contestant, r.ms_p50, r.ms_p20, r.ms_p80, f"{r.ms / ours.ms:.2f}"] for r in outcome.rows if ours]
+    heads = [f"awm on {r.net}, batch {r.batch}, {r.dtype}: {r.phase} on {r.device}" for r in outcome.rows[:1]]
+    notes = [f"{name}: no numbers, {reason}" for name, reason in outcome.absent.items()]
+    return "\n".join([*heads, aligned(lines), *notes])
 
 
 def _one_after_the_other(problem: Problem, seeds: list[dict[str, int]], epochs: int) -> list[Purification]:
@@ -75,9 +87,9 @@ def _epochs(way: Callable[..., Any], problem: Problem, seeds: list[dict[str, int
 
 def _near(one: Purification, other: Any) -> bool:
     return isinstance(other, Purification) and all(
-        abs(a - b) <= TOLERANCE * max(abs(a), 1)
+        len(values) == len(other.history[name])
+        and all(abs(a - b) <= TOLERANCE * max(abs(a), 1) for a, b in zip(values, other.history[name], strict=True))
         for name, values in one.history.items()
-        for a, b in zip(values, other.history[name], strict=True)
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from benchmarks import __main__ as command_line
-from benchmarks import dry, epoch, loaders, networks, problem, results, steps, variants
+from benchmarks import dry, epoch, loaders, networks, problem, results, steps, sweep, variants
 from benchmarks.contestants import CONTESTANTS, Maskops
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, SECOND_MOMENT, make_problem
 from benchmarks.published import Official
@@ -295,3 +295,20 @@ def test_dry_counts_without_a_clock(capsys, monkeypatch):
     monkeypatch.setitem(dry.CONTESTANTS["nft"], "maskops", Fails)
     assert command_line.main(["steps", "--dry", "--net", TINY, "--method", "nft", "--contestants", "maskops"]) == 1
     assert "maskops: no numbers, " in capsys.readouterr().out
+
+
+def test_a_sweep_is_timed_side_by_side_and_one_after_the_other(tmp_path, capsys, monkeypatch):
+    arguments = ["sweep", "--net", TINY, "--batch", "4", "--runs", "2", "--repeats", "1", "--out", str(tmp_path)]
+    assert command_line.main(arguments) == 0
+    (path,) = tmp_path.glob("*.csv")
+    assert {(row.contestant, row.phase) for row in results.read(path)} == {
+        (name, "epoch of 2 runs") for name in sweep.WAYS
+    }
+    assert "one after the other" in capsys.readouterr().out
+
+    def one_epoch_too_few(problem, seeds, epochs):
+        return sweep._side_by_side(problem, seeds, epochs - 1)
+
+    monkeypatch.setitem(sweep.WAYS, "maskops", one_epoch_too_few)
+    assert command_line.main(arguments) == 1
+    assert "maskops: no numbers, its runs side by side are not the runs alone" in capsys.readouterr().out

@@ -56,6 +56,7 @@ def test_script_runs_every_part(tmp_path):
         "steps-resnet50",
         "steps-anp",
         "epoch",
+        "sweep",
     ):
         assert f"== {part}: exit 0" in run.stdout and f"==== {part}\n" in log
     assert "benchmarks.shard 2/3" in log and "tests-3" not in log
