@@ -197,3 +197,9 @@ def test_tuned_biases_that_layers_share_stay_shared(clean_data):
     result = nft(model, clean_data, epochs=1, tune_bias=True, **PLAIN)
     assert result.model[3].bn.bias is result.model[1].bias
     assert not torch.equal(result.model[1].bias, model[1].bias)
+
+
+def test_a_network_with_one_norm_has_nothing_to_learn_and_says_no_error(clean_data):
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    result = nft(network, clean_data, epochs=2, batch_size=5, progress=False)
+    assert result.masks["1.neuron_mask"].tolist() == [1, 1, 1, 1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_network
+from helpers import InfiniteSlope, tiny_network
 from torch import nn
 
 from maskops.purify import NonFiniteError, awm
@@ -128,17 +128,8 @@ def test_outputs_that_are_no_logits_are_refused(clean_data):
 
 
 def test_masks_that_are_no_numbers_stop_the_run(clean_data):
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.unused = nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(2, 3, 1, bias=False)
-
-        def forward(self, x):
-            # the root of 0 has an infinite slope: the loss is a number, its gradient isn't
-            return self.conv(x).mean((2, 3)) + (self.unused(x.detach() * 0)).square().mean((2, 3)).sqrt()
-
     with pytest.raises(NonFiniteError, match=r"^awm: a mask became nan or infinite; the model is left as it was$"):
-        awm(Root(), clean_data, epochs=1, inner_steps=1, outer_steps=1, tau=0.0, progress=False)
+        awm(InfiniteSlope(), clean_data, epochs=1, inner_steps=1, outer_steps=1, tau=0.0, progress=False)
 
 
 def test_ambient_modes_of_torch_do_not_matter(clean_data):

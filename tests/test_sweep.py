@@ -3,7 +3,7 @@
 import graph_emulator
 import pytest
 import torch
-from helpers import tiny_network
+from helpers import InfiniteSlope, tiny_network
 from torch import nn
 
 from maskops.purify import NonFiniteError, _algorithm, _graphs, anp, awm, sweep
@@ -59,18 +59,9 @@ def test_a_run_that_fails_doesn_t_end_the_others(fixtures, clean_data, request):
 
 
 def test_masks_that_are_no_numbers_end_their_own_run(clean_data, request):
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.unused = nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(2, 3, 1, bias=False)
-
-        def forward(self, x):
-            # the root of 0 has an infinite slope: the loss is a number, its gradient isn't
-            return self.conv(x).mean((2, 3)) + (self.unused(x.detach() * 0)).square().mean((2, 3)).sqrt()
-
     request.getfixturevalue("side_by_side")
     options = {"epochs": 1, "inner_steps": 1, "outer_steps": 1, "tau": 0.0, "progress": False}
-    good, bad = sweep("awm", Root(), clean_data, [{"exclude": "unused"}, {}], **options)
+    good, bad = sweep("awm", InfiniteSlope(), clean_data, [{"exclude": "unused"}, {}], **options)
     assert isinstance(bad, NonFiniteError) and torch.isfinite(good.masks["conv.mask"]).all()
 
 

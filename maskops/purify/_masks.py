@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,7 @@ class MaskRun(Run):
         # layers that share a weight share a mask: the first stands for all of them
         owner_of = {id(layer.weight): name for name, layer in reversed(layers.items())}
         self._owners = {name: owner_of[id(layer.weight)] for name, layer in layers.items()}
+        self._fixed: set[str] = set()
         self._working = {name: self.model.network.get_submodule(name) for name in layers}
         weights = {name: self._working[name].weight for name in reversed(owner_of.values())}
         learned = {name: getattr(layers[name], layers[name].mask_name) for name in weights}
@@ -148,10 +149,15 @@ class MaskRun(Run):
         finally:
             self._learn(True)
 
+    def fix(self, names: Collection[str]) -> None:
+        """From now on compute no gradient of these masks, for which a method leaves no room."""
+        self._fixed = set(names)
+        self._learn(True)
+
     def _learn(self, learning: bool) -> None:
         self._learning = learning
-        for weight in self.arena.effective_weights.values():
-            weight.requires_grad_(learning)
+        for name, weight in self.arena.effective_weights.items():
+            weight.requires_grad_(learning and name not in self._fixed)
 
     def draw_noise(self, bound: float) -> None:
         """Noise on the masks, and on the biases of a run with noise on them, uniform in [-bound, bound]."""

@@ -155,7 +155,10 @@ class NFT:
         modes = {"batch_statistics": statistics, "track_statistics": True}
         self.run = run = MaskRun("nft", model, clean_data, setting, **modes, biases=biases)
         self.options = chosen = chosen.for_labels(run.labels)
-        floors = run.arena.per_mask(_floors(run, chosen))
+        floor_of = _floors(run, chosen)
+        floors = run.arena.per_mask(floor_of)
+        fixed = [name for name, floor in floor_of.items() if floor == 1]
+        run.fix(fixed if len(fixed) < len(floor_of) else [])  # a loss must depend on something
         self.lr = run.varying(chosen.lr)
         momentum = chosen.momentum
         self.masks = MaskSGD(run.arena, self.lr, momentum, l1=chosen.eta, toward=1.0, lower=floors)
