@@ -381,8 +381,8 @@ void depthwise_conv_(Tensor output, const Tensor& input, const Tensor& weight, c
                           view(bias), device.stream());
 }
 
-void depthwise_conv_input_grad_(Tensor grad_input, const Tensor& grad, const Tensor& weight,
-                                const OptionalTensor& mask, const OptionalTensor& noise, std::vector<int64_t> stride, std::vector<int64_t> padding,
+void depthwise_conv_input_grad_(Tensor grad_input, const Tensor& grad, const Tensor& weight, const OptionalTensor& mask,
+                                const OptionalTensor& noise, std::vector<int64_t> stride, std::vector<int64_t> padding,
                                 std::vector<int64_t> dilation) {
   const Device device(grad_input);
   maskops::depthwise_conv_input_grad(view(grad_input), view(grad),
