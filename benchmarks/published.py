@@ -6,8 +6,8 @@ Written afresh after ``main.py`` and ``models/maskedconv.py`` of the AWM reposit
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, Problem, adam_state, result
+from maskops.purify._precision import precision
 
 
 class PublishedConv2d(nn.Conv2d):
@@ -207,16 +208,9 @@ class TF32(Lean):
             super().outer(index)
 
 
-@contextmanager
-def fastest_float32() -> Iterator[None]:
+def fastest_float32() -> AbstractContextManager[None]:
     """Inside, cuDNN measures its ways, and matrix products in float32 are as exact as convolutions, no more."""
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, products.allow_tf32
-    cudnn.benchmark, products.allow_tf32 = True, cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        cudnn.benchmark, products.allow_tf32 = before
+    return precision(torch.backends.cudnn.allow_tf32)
 
 
 class Careful(Eager, TF32):

@@ -1,7 +1,5 @@
 """The engine on a GPU: recorded steps, runs side by side, precision. On the CPU the tests compare eager runs."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from test_gpu import on_each_device, tiny_network
@@ -19,14 +17,9 @@ OPTIONS = {
 }
 
 
-@contextmanager
 def deterministic():
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, deterministic=True, allow_tf32=cudnn.allow_tf32)
 
 
 def purified(method, device, **options):

@@ -1,5 +1,8 @@
 """What a run sets in torch for its steps is as it was afterwards."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -14,19 +17,16 @@ def state():
 
 
 @pytest.fixture(params=["as it is", "products", "medium", "no convolutions", "benchmark"])
-def setting(request, monkeypatch):
-    before = CUDNN.allow_tf32, torch.get_float32_matmul_precision(), CUDNN.benchmark
+def setting(request):
+    before = torch.get_float32_matmul_precision()
     if request.param == "products":
         PRODUCTS.allow_tf32 = True
     elif request.param == "medium":
         torch.set_float32_matmul_precision("medium")
-    elif request.param == "no convolutions":
-        CUDNN.allow_tf32 = False
-    elif request.param == "benchmark":
-        CUDNN.benchmark = True
-    yield
-    CUDNN.allow_tf32, CUDNN.benchmark = before[0], before[2]
-    torch.set_float32_matmul_precision(before[1])
+    convolutions = {"allow_tf32": request.param != "no convolutions"}
+    with CUDNN.flags(CUDNN.enabled, request.param == "benchmark", **convolutions):
+        yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("tf32", [None, True, False])
@@ -41,9 +41,20 @@ def test_everything_is_put_back(setting, tf32):
         assert state() == before
 
 
-def test_algorithms_are_tried_unless_torch_is_deterministic(monkeypatch):
+def test_algorithms_are_tried_unless_torch_is_deterministic():
     with precision(None):
         assert CUDNN.benchmark
-    monkeypatch.setattr(CUDNN, "deterministic", True)
-    with precision(None):
+    with CUDNN.flags(CUDNN.enabled, deterministic=True), precision(None):
         assert not CUDNN.benchmark
+
+
+def test_it_works_after_torch_was_told_to_set_flags_in_contexts_alone():
+    program = """
+import torch
+from maskops.purify._precision import precision
+torch.backends.disable_global_flags()
+for tf32 in (None, True, False):
+    with precision(tf32):
+        pass
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

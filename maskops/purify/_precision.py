@@ -16,18 +16,21 @@ def precision(tf32: bool | None) -> Iterator[None]:
 
     Convolutions take the fastest algorithm that cuDNN finds by trying, unless torch is set to be deterministic.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled() or _CUDNN.deterministic
     benchmark, of_products = _CUDNN.benchmark, _matmul_precision()
     convolutions, recurrent, products = _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision, _PRODUCTS.fp32_precision
     try:
-        _CUDNN.benchmark = not (torch.are_deterministic_algorithms_enabled() or _CUDNN.deterministic)
+        # torch's setters themselves: its attributes can't be set once it has been told to allow that in contexts alone
+        torch._C._set_cudnn_benchmark(not deterministic)
         if tf32 is not None:
             _allow_tf32(tf32, tf32)
         yield
     finally:
-        _CUDNN.benchmark = benchmark
+        torch._C._set_cudnn_benchmark(benchmark)
         if tf32 is not None:
             _allow_tf32(convolutions == "tf32", products == "tf32")
-            _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision = convolutions, recurrent
+            torch._C._set_fp32_precision_setter("cuda", "conv", convolutions)
+            torch._C._set_fp32_precision_setter("cuda", "rnn", recurrent)
             _PRODUCTS.fp32_precision = products
             if of_products is not None:
                 torch.set_float32_matmul_precision(of_products)
@@ -42,4 +45,5 @@ def _matmul_precision() -> str | None:
 
 def _allow_tf32(convolutions: bool, products: bool) -> None:
     # torch's older switches set its newer ones too; the other way round torch refuses to read the older ones
-    _CUDNN.allow_tf32, _PRODUCTS.allow_tf32 = convolutions, products
+    torch._C._set_cudnn_allow_tf32(convolutions)
+    _PRODUCTS.allow_tf32 = products
