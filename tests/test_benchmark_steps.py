@@ -51,7 +51,7 @@ def test_contestants_agree_with_the_published_procedure_and_are_timed(method):
     by_key = {(row.contestant, row.phase): row for row in outcome.rows}
     for phase in steps.PHASES[method]:
         official, ours = by_key["official", phase], by_key["maskops", phase]
-        assert float(ours.saved_mb) < float(official.saved_mb) and int(ours.launches) < int(official.launches)
+        assert not ours.saved_mb and float(official.saved_mb) > 0 and int(ours.launches) < int(official.launches)
         assert float(official.gflop) > 0 and 0 < float(official.of_matmul) < 1 and official.of_copy
     assert by_key["ceiling", "matmul"].tflops and by_key["ceiling", "copy"].gb
     text = table(outcome)
