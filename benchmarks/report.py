@@ -65,7 +65,7 @@ def device_report(rows: list[Row]) -> str:
     head += f" at revision {revision}, {date}"
     lines = [
         "| network, batch, dtype | step | official ms | best eager | best compiled | maskops | official / maskops "
-        "| floor | saved MB, official | saved MB, maskops |",
+        "| floor | peak MB, official | peak MB, maskops |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
@@ -75,7 +75,7 @@ def device_report(rows: list[Row]) -> str:
             continue
         plain = [fastest(by_name, names) for names in (EAGER, COMPILED)]
         cells = [title, step, official.ms_p50, *map(_ms, plain), f"**{ours.ms_p50}**", f"{official.ms / ours.ms:.2f}"]
-        lines.append(f"| {' | '.join([*cells, _ms(floor), official.saved_mb, ours.saved_mb])} |")
+        lines.append(f"| {' | '.join([*cells, _ms(floor), official.peak_mb, ours.peak_mb])} |")
         best = min((row for row in plain if row is not None), key=lambda row: row.ms, default=None)
         if best is not None and best.ms < ours.ms:
             times = f"{best.ms_p50} against {ours.ms_p50} ms"
