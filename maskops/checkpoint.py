@@ -20,7 +20,7 @@ from torch import Tensor
 
 NESTINGS = ("net", "state_dict", "model", "model_state_dict", "netC")
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
-MASK_FORMAT = 1
+MASK_FORMAT = RUN_FORMAT = 1
 
 
 class CheckpointError(ValueError):
@@ -90,9 +90,7 @@ def save_masks(path: str | os.PathLike, masks: Mapping[str, Tensor], options: Ma
     ...     load_masks(f"{folder}/masks.safetensors")
     ({'conv1.mask': tensor([1., 1.])}, {'method': 'awm', 'alpha': 0.9})
     """
-    path = _with_suffix("save_masks", path, (".safetensors",))
-    metadata = {"maskops": _options_json(options), "maskops_format": str(MASK_FORMAT)}
-    _write_safetensors("save_masks", path, _plain_tensors("save_masks", masks), metadata)
+    _write_described("save_masks", path, masks, {"maskops": _options_json(options), "maskops_format": str(MASK_FORMAT)})
 
 
 def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -101,20 +99,46 @@ def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, ob
     returns: (name -> tensor on the CPU, the run's options)
     errors:  CheckpointError, one line, also for a safetensors file that is no mask file
     """
-    path = _existing_file("load_masks", path)
-    masks, metadata = _read_safetensors("load_masks", path)
-    if "maskops" not in metadata:
-        raise CheckpointError(f"load_masks: {path} is no mask file: its metadata has no entry 'maskops'")
-    if metadata.get("maskops_format") != str(MASK_FORMAT):
-        found = metadata.get("maskops_format")
-        raise CheckpointError(f"load_masks: {path} must have mask format {MASK_FORMAT}; it has {found}")
+    return _read_described("load_masks", path, "mask", "maskops", MASK_FORMAT)
+
+
+def save_run(path: str | os.PathLike, tensors: Mapping[str, Tensor], notes: Mapping[str, object]) -> None:
+    """Write the state of a run under way to one safetensors file, atomically; as ``save_masks``."""
+    metadata = {"maskops_run": json.dumps(dict(notes), allow_nan=False), "maskops_run_format": str(RUN_FORMAT)}
+    _write_described("save_run", path, tensors, metadata)
+
+
+def load_run(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors and the notes that ``save_run`` wrote; as ``load_masks``."""
+    return _read_described("load_run", path, "run", "maskops_run", RUN_FORMAT)
+
+
+def _write_described(
+    function: str, path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    path = _with_suffix(function, path, (".safetensors",))
+    _write_safetensors(function, path, _plain_tensors(function, tensors), metadata)
+
+
+def _read_described(
+    function: str, path: str | os.PathLike, kind: str, entry: str, number: int
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors of a file, and the JSON object in an entry of its metadata."""
+    path = _existing_file(function, path)
+    tensors, metadata = _read_safetensors(function, path)
+    if entry not in metadata:
+        raise CheckpointError(f"{function}: {path} is no {kind} file: its metadata has no entry '{entry}'")
+    found = metadata.get(f"{entry}_format")
+    if found != str(number):
+        raise CheckpointError(f"{function}: {path} must have {kind} format {number}; it has {found}")
     try:
-        options = json.loads(metadata["maskops"])
+        described = json.loads(metadata[entry])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"load_masks: {path}: the options are not JSON ({_one_line(error)})") from None
-    if not isinstance(options, dict):
-        raise CheckpointError(f"load_masks: {path}: the options must be a JSON object; got {type(options).__name__}")
-    return masks, options
+        raise CheckpointError(f"{function}: {path}: the options are not JSON ({_one_line(error)})") from None
+    if not isinstance(described, dict):
+        found = type(described).__name__
+        raise CheckpointError(f"{function}: {path}: the options must be a JSON object; got {found}")
+    return tensors, described
 
 
 def _existing_file(function: str, path: str | os.PathLike) -> Path:

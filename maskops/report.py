@@ -108,10 +108,12 @@ def results_folder(path: str | os.PathLike) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def is_empty(path: str | os.PathLike) -> bool:
-    """Whether there is no such folder, or nothing but what a killed run may have left."""
+def is_empty(path: str | os.PathLike, but_for: str = "") -> bool:
+    """Whether there is no such folder, or nothing but what a killed run may have left, and a file of this name."""
     path = Path(path)
-    return not path.is_dir() or all(entry.name.startswith(_STAGING) for entry in path.iterdir())
+    return not path.is_dir() or all(
+        entry.name.startswith(_STAGING) or entry.name == but_for for entry in path.iterdir()
+    )
 
 
 def write(

@@ -15,9 +15,11 @@ from maskops import demo
 from maskops.backdoor import evaluate
 from maskops.checkpoint import load_masks, load_state_dict, save_state_dict
 from maskops.cli import main, parser
+from maskops.purify._masks import MaskRun
 from maskops.purify.methods import METHODS
 
 ONE_EPOCH = ["--epochs", "1", "--no-progress", "--device", "cpu"]
+THREE_EPOCHS = ["--epochs", "3", *ONE_EPOCH[2:], "--inner-steps", "1", "--outer-steps", "1"]
 QUICK = [*ONE_EPOCH, "--inner-steps", "1", "--outer-steps", "1"]
 
 
@@ -107,6 +109,58 @@ def test_purify_writes_model_masks_numbers_and_a_picture(purify, tmp_path, capsy
     _, test = demo.digits()
     after = evaluate(model.eval(), *test, demo.TRIGGER, demo.TARGET)
     assert result["after"]["asr_all"] == pytest.approx(after.asr_all) and len(masks) == 4
+
+
+@pytest.fixture
+def stopped(purify, tmp_path, monkeypatch, capsys):
+    """A folder with a run that Ctrl-C stopped in its second epoch."""
+    report_epoch = MaskRun.report
+
+    def stop(self, on_epoch, epoch, model):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        report_epoch(self, on_epoch, epoch, model)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskRun, "report", stop)
+        assert purify(quick=THREE_EPOCHS) == 130
+    assert capsys.readouterr().err.endswith(
+        f"interrupted; --resume goes on from {tmp_path}/out/unfinished.safetensors\n"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished.safetensors"]
+    return tmp_path / "out"
+
+
+def test_purify_goes_on_after_ctrl_c(purify, stopped):
+    assert purify("--resume", quick=THREE_EPOCHS) == 0
+    assert "unfinished.safetensors" not in {path.name for path in stopped.iterdir()}
+    resumed = load_masks(stopped / "masks.safetensors")[0]
+    assert purify("--overwrite", quick=THREE_EPOCHS) == 0
+    whole = load_masks(stopped / "masks.safetensors")[0]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "is of a run that was stopped: give --resume to go on with it, or --overwrite"),
+        (("--resume", "--overwrite"), "give one of them"),
+        (("--resume", "--curves"), "give one of them"),
+        (("--resume", "--tau", "3"), "is the checkpoint of a run with other options: tau"),
+        (("--resume", "--seed", "7"), "is the checkpoint of"),
+    ],
+)
+def test_a_stopped_run_is_kept_until_something_is_said(purify, stopped, capsys, options, message):
+    before = (stopped / "unfinished.safetensors").read_bytes()
+    assert purify(*options, quick=THREE_EPOCHS) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert (stopped / "unfinished.safetensors").read_bytes() == before
+
+
+def test_a_stopped_run_can_be_replaced(purify, stopped):
+    assert purify("--overwrite", quick=THREE_EPOCHS) == 0
+    assert not (stopped / "unfinished.safetensors").exists()
 
 
 def test_purify_without_a_trigger_measures_accuracy_alone(purify, capsys):

@@ -17,12 +17,12 @@ RUNS = [{"seed": 0}, {"seed": 1, "epochs": 3}, {"tau": 2.0, "inner_steps": 7}]
 def side_by_side(monkeypatch):
     """As on a GPU: all runs at once, and their steps recorded."""
 
-    def complete_together(algorithms):
+    def complete_together(algorithms, *rest):
         with pytest.MonkeyPatch.context() as patch:
             for algorithm in algorithms:
                 patch.setattr(algorithm.run, "device", torch.device("cuda"))
                 patch.setattr(algorithm.run, "quiet", lambda: torch.autocast("cpu", enabled=False))
-            return _algorithm.complete_together(algorithms)
+            return _algorithm.complete_together(algorithms, *rest)
 
     monkeypatch.setattr(_graphs, "why_not", lambda device: None)
     monkeypatch.setattr(_graphs, "record", graph_emulator.record)
@@ -90,7 +90,7 @@ def test_runs_on_other_layers_keep_their_own_weights(clean_data):
 
 def test_the_runs_of_a_sweep_have_one_weight(clean_data, monkeypatch):
     seen = []
-    monkeypatch.setattr("maskops.purify._sweep.complete_together", lambda algorithms: seen.extend(algorithms) or [])
+    monkeypatch.setattr("maskops.purify._sweep.complete_together", lambda algorithms, *_: seen.extend(algorithms) or [])
     sweep("awm", tiny_network(), clean_data, [{}, {"seed": 1}], **OPTIONS)
     first, second = (algorithm.run.arena for algorithm in seen)
     assert isinstance(seen[0], AWM) and first.weight is second.weight and first.mask is not second.mask

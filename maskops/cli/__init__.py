@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(arguments.prog, str(error), 2)
     except RuntimeError as error:
         return _failed(arguments.prog, str(error), 1)
-    except KeyboardInterrupt:
-        return _failed(arguments.prog, "interrupted; nothing was written", 130)
+    except KeyboardInterrupt as stop:
+        return _failed(arguments.prog, f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}", 130)
     return 0
 
 

@@ -25,6 +25,8 @@ from maskops.purify.methods import METHODS
 
 _CLI_DEVICE = "where to run (default: the GPU if there is one, else the CPU)"
 _NAMED_KEYS = 4
+_UNFINISHED = "unfinished.safetensors"
+"""The state of a run, in its results' folder until these are there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -65,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the results go")
     output.add_argument("--overwrite", action="store_true", help="replace results in a folder that isn't empty")
+    if METHODS[method].resumes:
+        text = f"go on with the run that was stopped and left {_UNFINISHED} there; begin it if there is none"
+        output.add_argument("--resume", action="store_true", help=text)
 
     presets = METHODS[method].presets
     options = parser.add_argument_group(f"options of {METHODS[method].title}", "Other methods: --method NAME --help.")
@@ -89,8 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     for one, other in (("trigger", "target"), ("mean", "std")):
         if (getattr(arguments, one, None) is None) != (getattr(arguments, other, None) is None):
             raise ValueError(f"--{one} and --{other} belong together")
-    if not (arguments.overwrite or report.is_empty(arguments.out)):
-        raise ValueError(f"--out {arguments.out} is not empty; name another folder, or give --overwrite")
+    unfinished = arguments.out / _UNFINISHED
+    resume = method.resumes and arguments.resume
+    _check_out(arguments, unfinished, resume)
     with report.results_folder(arguments.out) as folder:
         model = _load_model(arguments).to(changes["device"])
         clean, evaluation = _load_data(arguments, changes.get("seed", method.presets["paper"].setting.seed))
@@ -103,11 +109,31 @@ def run(arguments: argparse.Namespace) -> None:
             if arguments.curves:
                 curves.append(evaluate(working, *evaluation, arguments.trigger, arguments.target))
 
-        result = method.run(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
+        if method.resumes:
+            changes |= {"checkpoint": unfinished, "resume": resume}
+        if arguments.overwrite:
+            unfinished.unlink(missing_ok=True)
+        try:
+            result = method.run(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
+        except KeyboardInterrupt:
+            left = f"--resume goes on from {unfinished}" if unfinished.exists() else "nothing was written"
+            raise KeyboardInterrupt(left) from None
         after = measure(result.model)
         inputs = {name: str(getattr(arguments, name)) for name in ("arch", "checkpoint", "clean", "eval", "trigger")}
         notes = {"inputs": {**inputs, "target": arguments.target, "clean_images": len(clean[1])}}
         _conclude(folder, arguments.out, result, before, after, clean[0], curves, notes)
+    unfinished.unlink(missing_ok=True)
+
+
+def _check_out(arguments: argparse.Namespace, unfinished: Path, resume: bool) -> None:
+    if resume and arguments.overwrite:
+        raise ValueError("--resume goes on with what --overwrite would replace: give one of them")
+    if resume and arguments.curves:
+        raise ValueError("--curves measures every epoch, and those before --resume are gone: give one of them")
+    if unfinished.exists() and not (resume or arguments.overwrite):
+        raise ValueError(f"{unfinished} is of a run that was stopped: give --resume to go on with it, or --overwrite")
+    if not (arguments.overwrite or report.is_empty(arguments.out, _UNFINISHED if resume else "")):
+        raise ValueError(f"--out {arguments.out} is not empty; name another folder, or give --overwrite")
 
 
 def _check_channels(channels: int, changes: dict[str, Any]) -> None:

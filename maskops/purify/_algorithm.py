@@ -2,56 +2,99 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol
+from typing import Any, ClassVar
 
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
 
-from maskops.purify._loop import NonFiniteError, Purification, Run
+from maskops.purify._checkpoint import Checkpoint
+from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
 from maskops.purify._masks import MaskRun
+from maskops.purify._options import Preset, settle
 from maskops.purify._phase import Phase
+from maskops.purify._setting import MaskSetting
 
 
-class Algorithm(Protocol):
-    """A paper's loop as phases: what :func:`complete` runs."""
+class Algorithm:
+    """A paper's loop as phases: what :func:`complete` runs.
 
+    model, clean_data: the user's
+    preset, options:   where the values of options and setting begin, and the changes to them
+    on_epoch:          the user's, or None
+    """
+
+    method: ClassVar[str]
+    presets: ClassVar[Mapping[str, Preset]]
     run: MaskRun
+    options: Any
+    optimizers: Sequence[Optimizer]
+
+    def __init__(
+        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: Mapping[str, Any]
+    ) -> None:
+        chosen, setting = settle(self.method, self.presets, preset, options)
+        self.on_epoch = on_epoch
+        self.prepare(model, clean_data, chosen, setting)
+
+    def prepare(self, model: nn.Module, clean_data: Any, options: Any, setting: MaskSetting) -> None:
+        """Make the run, the optimisers and all else that the steps work on."""
+        raise NotImplementedError
 
     def phases(self) -> Iterator[Phase]:
         """The phases in their order; what is done between them comes before and after the yields."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the steps change in place, beside the run's own tensors and the optimisers' states."""
+        return {}
 
     def result(self) -> Purification:
         """After the last phase."""
+        return self.run.finish(self.options)
 
 
-def complete(algorithm: Algorithm) -> Purification:
-    """Run all phases of an algorithm."""
-    for phase in algorithm.phases():
+def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, resume: bool = False) -> Purification:
+    """Run all phases of an algorithm.
+
+    checkpoint, resume: as for :class:`Checkpoint`; None for none
+    """
+    for phase in _phases(algorithm, checkpoint, resume):
         (error,) = side_by_side([(algorithm.run, phase)])
         if error is not None:
             raise error
     return algorithm.result()
 
 
-def complete_together(algorithms: Sequence[Algorithm]) -> list[Purification | NonFiniteError]:
+def complete_together(
+    algorithms: Sequence[Algorithm], checkpoints: Sequence[str | os.PathLike | None], resume: bool = False
+) -> list[Purification | NonFiniteError]:
     """Run the phases of several algorithms on one GPU side by side, or on a CPU one algorithm after the other.
 
-    returns: the result of each, or the error that ended it
+    checkpoints, resume: as for :class:`Checkpoint`, one for each algorithm; None for none
+    returns:             the result of each, or the error that ended it
     """
+    pairs = list(zip(algorithms, checkpoints, strict=True))
     if any(algorithm.run.device.type != "cuda" or _draws_in_layers(algorithm.run) for algorithm in algorithms):
-        return [_or_error(partial(complete, algorithm)) for algorithm in algorithms]
-    going = {index: algorithm.phases() for index, algorithm in enumerate(algorithms)}
+        return [_or_error(partial(complete, *pair, resume)) for pair in pairs]
+    going = {index: _phases(*pair, resume) for index, pair in enumerate(pairs)}
     errors: dict[int, NonFiniteError] = {}
     while going:
         current = {index: next(phases, None) for index, phases in going.items()}
-        pairs = {index: (algorithms[index].run, phase) for index, phase in current.items() if phase is not None}
-        found = dict(zip(pairs, side_by_side(list(pairs.values())), strict=True))
+        running = {index: (algorithms[index].run, phase) for index, phase in current.items() if phase is not None}
+        found = dict(zip(running, side_by_side(list(running.values())), strict=True))
         errors |= {index: error for index, error in found.items() if error is not None}
-        going = {index: phases for index, phases in going.items() if index in pairs and index not in errors}
+        going = {index: phases for index, phases in going.items() if index in running and index not in errors}
     return [errors.get(index) or _or_error(algorithm.result) for index, algorithm in enumerate(algorithms)]
+
+
+def _phases(algorithm: Algorithm, checkpoint: str | os.PathLike | None, resume: bool) -> Iterator[Phase]:
+    return algorithm.phases() if checkpoint is None else Checkpoint(algorithm, checkpoint, resume).remaining()
 
 
 def _or_error(compute: Callable[[], Purification]) -> Purification | NonFiniteError:

@@ -79,7 +79,7 @@ class Run:
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{method}: a purification needs gradients, which torch.inference_mode() forbids")
-        self.method, self.setting, self._original = method, setting, model
+        self.method, self.setting, self.original = method, setting, model
         self.device = self._find_device(model)
         parameter_dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         self.low_dtype = setting.dtype if setting.dtype != parameter_dtype else None
@@ -100,6 +100,8 @@ class Run:
         self._seconds: dict[str, float] = {}
         self._epoch = 0
         self._start = time.perf_counter()
+        self.replaying = False
+        """Whether epochs go by that another process has run: nothing is reported of these."""
         if self.device.type == "cuda" and not within:
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -141,7 +143,7 @@ class Run:
         """The user's model on pixels, with parameters of its own that require gradients, in train mode."""
         with self.named_errors():
             try:
-                network = copy.deepcopy(self._original).to(self.device).requires_grad_(True)
+                network = copy.deepcopy(self.original).to(self.device).requires_grad_(True)
             except (TypeError, RuntimeError) as error:
                 raise TypeError(f"the model can't be copied: {str(error).splitlines()[0]}") from error
             model = PixelModel(network, self.mean, self.std, self.low_dtype)
@@ -304,26 +306,43 @@ class Run:
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
         """Hand the model, in eval mode, to the user's ``on_epoch``."""
-        if on_epoch is not None:
+        if on_epoch is not None and not self.replaying:
             with eval_mode(model):
                 on_epoch(epoch, model)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What steps change in place, by names of its own."""
+        return {}
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Where the run draws from."""
+        return {"draws": self.generator, "noise": self.noise_generator, "layers": self._layers_generator}
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase so far, and in total."""
+        return {**self._seconds, "total": time.perf_counter() - self._start}
+
+    def go_on_from(self, history: dict[str, list[float]], seconds: dict[str, float]) -> None:
+        """Take up numbers and times of a run that another process began."""
+        self.history, seconds = {name: list(values) for name, values in history.items()}, dict(seconds)
+        self._start -= seconds.pop("total")
+        self._seconds = seconds
 
     def finish(self, options: Any, model: nn.Module, **results: Any) -> Purification:
         """The result, whose model has its layers in the modes, and its parameters as trainable, as the user's are.
 
         results: ``masks``, ``trigger`` and ``scores`` where the method has them
         """
-        for name, module in self._original.named_modules():
+        for name, module in self.original.named_modules():
             model.get_submodule(name).training = module.training
-        for name, parameter in self._original.named_parameters():
+        for name, parameter in self.original.named_parameters():
             model.get_parameter(name).requires_grad_(parameter.requires_grad)
-        timings = {**self._seconds, "total": time.perf_counter() - self._start, "peak_bytes": self._peak_bytes()}
+        timings = {**self.seconds(), "peak_bytes": self._peak_bytes()}
         results = {"masks": {}, "trigger": None, **results}
         if results["trigger"] is not None:
             results["trigger"] = results["trigger"].detach().to("cpu", copy=True).contiguous()
-        setting = {**asdict(self.setting), "device": str(self.device)}
-        plain = {name: _plain(value) for name, value in (asdict(options) | setting).items()}
-        options = {"method": self.method, **plain}
+        settings = {**plain_options(self.setting), "device": str(self.device)}
+        options = {"method": self.method, **plain_options(options), **settings}
         how = {"timings": timings, "execution": self.execution}
         return Purification(model=model, history=self.history, options=options, **how, **results)
 
@@ -343,7 +362,12 @@ def cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
+def plain_options(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass of options, as values that JSON knows."""
+    return {name: _plain(value) for name, value in asdict(options).items()}
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
+    if isinstance(value, (torch.dtype, torch.device)):
         return str(value).removeprefix("torch.")
     return list(value) if isinstance(value, tuple) else value

@@ -237,6 +237,12 @@ class MaskRun(Run):
         (factor * loss).backward()
         return loss.detach()
 
+    def tensors(self) -> dict[str, Tensor]:
+        changed = {"mask": self.arena.mask} | {f"bias {name}": bias for name, bias in self.biases.items()}
+        if self._track_statistics:
+            changed |= {f"buffer {name}": buffer for name, buffer in self.model.network.named_buffers()}
+        return changed
+
     def depths(self) -> dict[str, int]:
         """The depth of each mask's layer among the masked ones, from 1: see :func:`maskops.purify._depth.depths`."""
         with eval_mode(self.model), self.seeded_layers():

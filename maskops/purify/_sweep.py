@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ def sweep(
     runs: Sequence[Mapping[str, Any]],
     *,
     preset: str = "paper",
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> list[Purification | NonFiniteError]:
     """Purify one model several times, with other seeds or options each time, over one copy of its weights.
@@ -38,6 +42,7 @@ def sweep(
     method:     ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
     model, clean_data, preset: as in :func:`maskops.purify.awm`
     runs:       what each run has of its own, such as ``[{"seed": 0}, {"seed": 1}]``; at least one
+    checkpoint, resume: as in :func:`maskops.purify.awm`, but a folder, with a file for each run
     options:    what all runs have in common
     returns:    a :class:`maskops.purify.Purification` for each run, or the NonFiniteError that ended it. Their total
                 times begin when the first run's does; those of phases are those of all runs that were in it
@@ -65,4 +70,5 @@ def sweep(
         shown = {"progress": False} if algorithms else {}
         algorithms.append(ALGORITHMS[method](model, clean_data, preset, None, {**options, **own, **shown}))
         algorithms[-1].run.arena.share_weight(algorithms[0].run.arena)
-    return complete_together(algorithms)
+    files = [None if checkpoint is None else Path(checkpoint, f"{number}.safetensors") for number in range(len(runs))]
+    return complete_together(algorithms, files, resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from maskops.optim import MaskSGD
-from maskops.purify._algorithm import complete
+from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
-from maskops.purify._options import Auto, Preset, choice, number, optional, settle
+from maskops.purify._options import Auto, Preset, choice, number, optional
 from maskops.purify._phase import Phase
 from maskops.purify._pruning import kept, threshold_within
 from maskops.purify._setting import MaskSetting
@@ -95,6 +96,8 @@ def anp(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Purify a model by pruning neurons that are sensitive to adversarial noise on neurons.
@@ -107,8 +110,8 @@ def anp(
     before one would cancel out; otherwise a row of a convolution's or linear layer's weight with its bias, or a channel
     of a layer norm: that is what ``layers="auto"`` means.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; with statistics of batches, the user's running
-                statistics are left alone, and ``on_epoch`` measures the unpruned model in eval mode
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`; with statistics of batches, the
+                user's running statistics are left alone, and ``on_epoch`` measures the unpruned model in eval mode
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`ANPOptions` and :class:`maskops.purify.MaskSetting`
     returns:    a :class:`maskops.purify.Purification`; ``.masks`` are zeros and ones, ``.scores`` the masks as learned,
@@ -126,25 +129,24 @@ def anp(
     >>> result.masks["1.neuron_mask"].sum().item()
     3.0
     """
-    return complete(ANP(model, clean_data, preset, on_epoch, options))
+    return complete(ANP(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
 
-class ANP:
-    """Algorithm 1, whose lines are marked; the arguments are those of :func:`anp`."""
+class ANP(Algorithm):
+    """Algorithm 1, whose lines are marked."""
 
-    def __init__(
-        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: dict[str, Any]
-    ) -> None:
-        chosen, setting = settle("anp", PRESETS, preset, options)
-        statistics = chosen.statistics == "batch"
+    method, presets = "anp", PRESETS
+
+    def prepare(self, model: nn.Module, clean_data: Any, options: ANPOptions, setting: MaskSetting) -> None:
+        statistics = options.statistics == "batch"
         self.run = run = MaskRun("anp", model, clean_data, setting, batch_statistics=statistics, biases="noise")
-        self.held_out = run.hold_out(chosen.held_out) if chosen.chooses_threshold else None
-        self.options = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-        if chosen.number is not None:
+        self.held_out = run.hold_out(options.held_out) if options.chooses_threshold else None
+        self.options = replace(options, batch_size=min(options.batch_size, len(run.images)))
+        if options.number is not None:
             with run.named_errors():
-                kept(run.arena.masks, number=chosen.number)  # raises now, not after the run, if there are fewer neurons
-        self.masks = MaskSGD(run.arena, lr=chosen.lr, momentum=chosen.momentum)  # line 2: every mask is 1
-        self.on_epoch = on_epoch
+                kept(run.arena.masks, number=options.number)  # raises now, not at the end, if there are fewer neurons
+        self.masks = MaskSGD(run.arena, lr=options.lr, momentum=options.momentum)  # line 2: every mask is 1
+        self.optimizers = [self.masks]
 
     def phases(self) -> Iterator[Phase]:
         run, options = self.run, self.options

@@ -38,18 +38,20 @@ class Method:
     run:     ``run(model, clean_data, *, preset, on_epoch, **options)``, which returns a :class:`Purification`
     presets: name -> where its options and setting begin
     title:   what it is, in a few words
+    resumes: whether ``run`` takes ``checkpoint`` and ``resume``
     """
 
     run: Callable[..., Purification]
     presets: Mapping[str, Preset]
     title: str
+    resumes: bool = False
 
 
 METHODS = {
-    "awm": Method(awm, AWM_PRESETS, "Adversarial Weight Masking (Chai & Chen 2022)"),
-    "swm": Method(swm, SWM_PRESETS, "Soft Weight Masking (Chai & Chen 2022, Eq. 4.1)"),
-    "anp": Method(anp, ANP_PRESETS, "Adversarial Neuron Pruning (Wu & Wang 2021)"),
-    "nft": Method(nft, NFT_PRESETS, "Neural mask Fine-Tuning (Karim et al. 2024)"),
+    "awm": Method(awm, AWM_PRESETS, "Adversarial Weight Masking (Chai & Chen 2022)", resumes=True),
+    "swm": Method(swm, SWM_PRESETS, "Soft Weight Masking (Chai & Chen 2022, Eq. 4.1)", resumes=True),
+    "anp": Method(anp, ANP_PRESETS, "Adversarial Neuron Pruning (Wu & Wang 2021)", resumes=True),
+    "nft": Method(nft, NFT_PRESETS, "Neural mask Fine-Tuning (Karim et al. 2024)", resumes=True),
     "ft": Method(ft, FT_PRESETS, "Fine-tuning"),
     "fine_pruning": Method(fine_pruning, FINE_PRUNING_PRESETS, "Fine-Pruning (Liu et al. 2018)"),
     "ibau": Method(ibau, IBAU_PRESETS, "Implicit Backdoor Adversarial Unlearning (Zeng et al. 2022)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,11 +16,11 @@ from torch import Generator, Tensor, nn
 from maskops import augment
 from maskops.augment.basic import blend, draw_cutmix, draw_mixup, paste
 from maskops.optim import MaskSGD
-from maskops.purify._algorithm import complete
+from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch, Drawn
 from maskops.purify._loop import OnEpoch, Purification, cosine
 from maskops.purify._masks import MaskRun
-from maskops.purify._options import Auto, Preset, choice, number, optional, settle
+from maskops.purify._options import Auto, Preset, choice, number, optional
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 
@@ -111,6 +112,8 @@ def nft(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Purify a model by masks on its neurons, fine-tuned on clean images that are mixed with each other.
@@ -121,7 +124,8 @@ def nft(
     linear layer's weight, or a channel of a layer norm: that is what ``layers="auto"`` means. The floor μ keeps early
     layers near to what they were, and no neuron is pruned.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the model in eval mode
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the model
+                in eval mode
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`NFTOptions` and :class:`maskops.purify.MaskSetting`
     returns:    a :class:`maskops.purify.Purification`; the masks are soft. With statistics of batches, the model's
@@ -140,33 +144,31 @@ def nft(
     >>> result.masks["1.neuron_mask"]
     tensor([1., 1., 1., 1.])
     """
-    return complete(NFT(model, clean_data, preset, on_epoch, options))
+    return complete(NFT(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
 
-class NFT:
-    """The published fine-tuning of masks; the arguments are those of :func:`nft`."""
+class NFT(Algorithm):
+    """The published fine-tuning of masks."""
 
-    def __init__(
-        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: dict[str, Any]
-    ) -> None:
-        chosen, setting = settle("nft", PRESETS, preset, options)
-        statistics = chosen.statistics == "batch"
-        biases = "tune" if chosen.tune_bias else None
+    method, presets = "nft", PRESETS
+
+    def prepare(self, model: nn.Module, clean_data: Any, options: NFTOptions, setting: MaskSetting) -> None:
+        statistics = options.statistics == "batch"
+        biases = "tune" if options.tune_bias else None
         modes = {"batch_statistics": statistics, "track_statistics": True}
         self.run = run = MaskRun("nft", model, clean_data, setting, **modes, biases=biases)
-        self.options = chosen = chosen.for_labels(run.labels)
-        floor_of = _floors(run, chosen)
+        self.options = options = options.for_labels(run.labels)
+        floor_of = _floors(run, options)
         floors = run.arena.per_mask(floor_of)
         fixed = [name for name, floor in floor_of.items() if floor == 1]
         run.fix(fixed if len(fixed) < len(floor_of) else [])  # a loss must depend on something
-        self.lr = run.varying(chosen.lr)
-        momentum = chosen.momentum
-        self.masks = MaskSGD(run.arena, self.lr, momentum, l1=chosen.eta, toward=1.0, lower=floors)
+        self.lr = run.varying(options.lr)
+        momentum = options.momentum
+        self.masks = MaskSGD(run.arena, self.lr, momentum, l1=options.eta, toward=1.0, lower=floors)
         self.optimizers = [self.masks]
         if run.biases:
             anywhere = {"lower": -math.inf, "upper": math.inf}
             self.optimizers.append(MaskSGD(run.biases.values(), self.lr, momentum, **anywhere))
-        self.on_epoch = on_epoch
 
     def phases(self) -> Iterator[Phase]:
         run, options = self.run, self.options
@@ -190,9 +192,6 @@ class NFT:
             optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step
             optimizer.zero_grad(set_to_none=False)
         return {"loss": loss}
-
-    def result(self) -> Purification:
-        return self.run.finish(self.options)
 
 
 def _floors(run: MaskRun, options: NFTOptions) -> dict[str, float]:

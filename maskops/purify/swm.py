@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from maskops.optim import MaskAdam
-from maskops.purify._algorithm import complete
+from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
-from maskops.purify._options import Auto, Preset, number, settle
+from maskops.purify._options import Auto, Preset, number
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 
@@ -62,6 +63,8 @@ def swm(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Purify a model by masks on its weights, learned against noise on the weights.
@@ -70,7 +73,7 @@ def swm(
 
     Both branches go through one buffer of effective weights, and one mask step takes the gradients of both.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`
     preset:     ``"paper"``
     options:    single fields of :class:`SWMOptions` and :class:`maskops.purify.MaskSetting`
     returns:    a :class:`maskops.purify.Purification`; the masks are soft
@@ -87,21 +90,21 @@ def swm(
     >>> sorted(swm(net, (images, labels), epochs=1, steps=2, progress=False).masks)
     ['0.mask']
     """
-    return complete(SWM(model, clean_data, preset, on_epoch, options))
+    return complete(SWM(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
 
-class SWM:
-    """Eq. 4.1 as an algorithm; the arguments are those of :func:`swm`."""
+class SWM(Algorithm):
+    """Eq. 4.1 as an algorithm."""
 
-    def __init__(
-        self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: dict[str, Any]
-    ) -> None:
-        chosen, setting = settle("swm", PRESETS, preset, options)
-        self.options, self.on_epoch = chosen, on_epoch
+    method, presets = "swm", PRESETS
+
+    def prepare(self, model: nn.Module, clean_data: Any, options: SWMOptions, setting: MaskSetting) -> None:
+        self.options = options
         self.run = MaskRun("swm", model, clean_data, setting)
-        self.beta = 1 - chosen.alpha if chosen.beta == "auto" else chosen.beta
-        self.lr = self.run.varying(chosen.lr)
+        self.beta = 1 - options.alpha if options.beta == "auto" else options.beta
+        self.lr = self.run.varying(options.lr)
         self.masks = MaskAdam(self.run.arena, self.lr, capturable=True)
+        self.optimizers = [self.masks]
 
     def phases(self) -> Iterator[Phase]:
         run, options = self.run, self.options
@@ -122,6 +125,3 @@ class SWM:
         clean_loss, perturbed_loss = run.descend(clean, perturbed=perturbed)
         self.masks.step()
         return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
-
-    def result(self) -> Purification:
-        return self.run.finish(self.options)

@@ -1,0 +1,166 @@
+"""The state of a run in a file, so that another process can go on with it to the same result."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from maskops.checkpoint import CheckpointError, load_run, save_run
+from maskops.purify._loop import plain_options
+from maskops.purify._phase import Phase
+
+if TYPE_CHECKING:
+    from maskops.purify._algorithm import Algorithm
+
+_ELSEWHERE = {"device", "progress", "graphs"}
+"""Settings that may differ in the process that goes on."""
+
+_NOTES = {"phases": int, "options": dict, "now": dict, "history": dict, "seconds": dict}
+"""What a checkpoint says beside its tensors."""
+
+_PAUSE = 20
+"""A state is written at most once in so many times as long as writing one takes: at most 5 % of the time goes there."""
+
+
+class Checkpoint:
+    """A file with an algorithm's state after a phase: all that later phases depend on.
+
+    path:   ends in .safetensors; written to at once, so that a folder that can't be is refused before the work begins
+    resume: go on from the state in the file, if there is one; without it such a file is an error
+    errors: ValueError for a file that must not be replaced or is of another model, other images or options;
+            CheckpointError for one that can't be read or written
+    """
+
+    def __init__(self, algorithm: Algorithm, path: str | os.PathLike, resume: bool) -> None:
+        self._algorithm, self._path = algorithm, Path(path)
+        self._about = _about(algorithm)
+        self._tensors: dict[str, Tensor] = {}
+        self._notes: dict[str, Any] = {"phases": 0}
+        self._wait = self._written = 0.0
+        if not self._path.exists():
+            self._save(0)
+        elif not resume:
+            method = algorithm.method
+            raise ValueError(f"{method}: {path} exists: give resume=True to go on from it, or another checkpoint=")
+        else:
+            self._tensors, self._notes = load_run(self._path)
+            self._check()
+
+    def remaining(self) -> Iterator[Phase]:
+        """The phases that are still to be run; the state is saved after each."""
+        run, done, number = self._algorithm.run, self._notes["phases"], 0
+        run.replaying = done > 0
+        for number, phase in enumerate(self._algorithm.phases(), start=1):
+            if number == done:
+                self._restore()
+                run.replaying = False
+            if number <= done:
+                continue
+            yield phase
+            if time.monotonic() - self._written >= self._wait:
+                self._save(number)
+        if self._notes["phases"] < number:
+            self._save(number)
+
+    def _save(self, phases: int) -> None:
+        start = time.monotonic()
+        algorithm, run = self._algorithm, self._algorithm.run
+        tensors = {**_live(algorithm), **_optimizer_states(algorithm), **_generator_states(algorithm)}
+        self._notes = {
+            **self._about,
+            "phases": phases,
+            "now": plain_options(algorithm.options),
+            "history": run.history,
+            "seconds": run.seconds(),
+        }
+        save_run(self._path, tensors, self._notes)
+        self._written = time.monotonic()
+        self._wait = _PAUSE * (self._written - start)
+
+    def _check(self) -> None:
+        method, notes = self._algorithm.method, self._notes
+        kinds = {name: type(notes.get(name)) for name in _NOTES}
+        if kinds != _NOTES:
+            raise CheckpointError(f"{method}: {self._path} is no checkpoint of a run; nothing was changed")
+        for what, title in (("method", "method"), ("model", "model"), ("images", "clean images")):
+            if notes.get(what) != self._about[what]:
+                raise ValueError(f"{method}: {self._path} is the checkpoint of another {title}; nothing was changed")
+        before, now = notes["options"], self._about["options"]
+        other = [name for name in now if before.get(name) != now[name]]
+        if other:
+            values = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in other)
+            raise ValueError(f"{method}: {self._path} is the checkpoint of a run with other options: {values}")
+        needed = {**_live(self._algorithm), **_generator_states(self._algorithm)}
+        expected = {name: (value.shape, value.dtype) for name, value in needed.items()}
+        if expected != {name: (value.shape, value.dtype) for name, value in self._tensors.items() if name in needed}:
+            raise CheckpointError(f"{method}: {self._path} lacks tensors of the run; nothing was changed")
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        algorithm, run = self._algorithm, self._algorithm.run
+        for name, value in _live(algorithm).items():
+            value.copy_(self._tensors[name])
+        for name, value in self._tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                number, place, key = rest.split(".", 2)
+                parameter = _parameters(algorithm.optimizers[int(number)])[int(place)]
+                algorithm.optimizers[int(number)].state[parameter][key] = value.to(parameter.device, copy=True)
+        for name, generator in run.generators().items():
+            generator.set_state(self._tensors[f"generator.{name}"])
+        algorithm.options = replace(algorithm.options, **self._notes["now"])
+        run.arena.refresh()
+        run.go_on_from(self._notes["history"], self._notes["seconds"])
+        self._tensors = {}
+
+
+def _about(algorithm: Algorithm) -> dict[str, Any]:
+    """What must be the same in a process that goes on."""
+    run = algorithm.run
+    options = {**plain_options(algorithm.options), **plain_options(run.setting)}
+    return {
+        "method": algorithm.method,
+        "model": _fingerprint(run.original.state_dict().items()),
+        "images": _fingerprint([("images", run.images.stored), ("labels", run.labels)]),
+        "options": {name: value for name, value in options.items() if name not in _ELSEWHERE},
+    }
+
+
+def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _live(algorithm: Algorithm) -> dict[str, Tensor]:
+    """What steps change in place, but for the optimisers' states, which aren't there before the first step."""
+    return {f"run.{name}": value.detach() for name, value in {**algorithm.run.tensors(), **algorithm.tensors()}.items()}
+
+
+def _optimizer_states(algorithm: Algorithm) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{number}.{place}.{key}": value
+        for number, optimizer in enumerate(algorithm.optimizers)
+        for place, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _generator_states(algorithm: Algorithm) -> Mapping[str, Tensor]:
+    return {f"generator.{name}": generator.get_state() for name, generator in algorithm.run.generators().items()}
