@@ -8,7 +8,7 @@ from test_working import with_statistics
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskops.purify._tape import Tape
+from maskops.purify._tape import Tape, segments
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -184,6 +184,20 @@ def check(network, x, tolerance=1e-10, **how):
     for name, value in found[0].items():
         assert value is None or torch.equal(value, found[1][name]), name
     return tape
+
+
+def check_recomputed(network, x, **how):
+    """A tape cut wherever it can be, and one cut where that saves most, against one that keeps all."""
+    for gate in ("bits", "output"):
+        tape = Tape.of(network, x, gate=gate, recompute=True)
+        found = [gradients(tape, network, x, **how)]
+        everywhere = segments.at(tape._steps, segments.places(tape._steps))
+        for cut in (everywhere, segments.whole(tape._steps)):
+            tape._segments_of = lambda plan, cut=cut: cut
+            found.append(gradients(tape, network, x, **how))
+        *found, kept = found
+        for of_segments in found:
+            assert_same(of_segments, kept, 1e-12)
 
 
 class Ops(TorchDispatchMode):

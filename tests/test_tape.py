@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from helpers_tape import (
     Transformer,
     assert_same,
     check,
+    check_recomputed,
     gradients,
     images,
     made,
@@ -31,6 +33,7 @@ from helpers_tape import (
 from test_working import with_statistics
 from torch import nn
 
+from benchmarks import counting
 from maskops import models
 from maskops.lean import saved_bytes
 from maskops.purify._tape import Tape
@@ -52,6 +55,37 @@ def test_the_triggers_gradient_alone(build):
 @pytest.mark.parametrize("build", TOYS)
 def test_gradients_of_weights_alone(build):
     check(made(build), images(), of_images=False, of_shared=False)
+
+
+@pytest.mark.parametrize("build", TOYS)
+def test_segments_that_are_run_again_give_the_same_gradients(build):
+    check_recomputed(made(build), images())
+    check_recomputed(made(build), images(), learned=False, of_images=False)
+    check_recomputed(made(build), images(), of_shared=False, of_images=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("small_vgg", 0.9), ("resnet18", 0.8), ("mobilenet_v2", 0.4), ("shufflenet_v2", 0.45)]
+)
+def test_segments_of_our_networks_need_less_memory(name, share):
+    torch.manual_seed(0)
+    network = with_statistics(models.build(name)).float()
+    x = images(32, 8).float().contiguous(memory_format=torch.channels_last)
+    folded = WorkingModel(shared_copy(network), x).network
+    peaks = {}
+    for recompute, learned in itertools.product((False, True), repeat=2):
+        tape = Tape.of(folded, x, recompute=recompute)
+        gradients(tape, folded, x, of_images=False)  # those of weights are there
+        for parameter in folded.parameters():
+            parameter.requires_grad_(learned)
+        trigger = torch.zeros_like(x[:1]).requires_grad_()
+        peaks[recompute, learned] = counting.count(partial(_step, tape, x, trigger)).peak
+    assert peaks[True, True] < share * peaks[False, True]
+    assert peaks[True, False] <= 1.3 * peaks[False, False]
+
+
+def _step(tape, x, trigger):
+    tape(x, trigger).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["small_vgg", "resnet18", "mobilenet_v2", "shufflenet_v2"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,8 @@ class Call:
         self._casts = casts
         self.values: list = [None] * len(readers)
         self.saved: dict[int, tuple] = {}
+        self.inputs: dict[int, list[Tensor]] = {}
+        """Of each segment that is run anew for its backward: the values from before it."""
         self.shared_grad: Tensor | None = None
         self._gates: dict[int, Gate] = {}
         self._layouts: dict[int, Layout] = {}
@@ -98,6 +101,13 @@ class Call:
         self._pending_bytes = 0
 
     # forward
+
+    @contextmanager
+    def planned(self, plan: Plan) -> Iterator[None]:
+        """Within, steps keep and compute what another plan says."""
+        mine, self.plan = self.plan, plan
+        yield
+        self.plan = mine
 
     def cast(self, value: Tensor) -> Tensor:
         """A value in the dtype that layers compute in."""

@@ -10,9 +10,11 @@ from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
 
 from maskops.lean import lean_autograd
-from maskops.purify._tape.call import Call
+from maskops.purify._tape.call import Call, Plan
 from maskops.purify._tape.steps import Step
 
+_MOVES = {"cat", "chunk", "contiguous", "flatten", "getattr", "getitem", "permute", "reshape", "size", "split"}
+_MOVES |= {"squeeze", "transpose", "unsqueeze", "view"}
 _REQUIRES_GRAD = torch.zeros((), requires_grad=True)
 
 
@@ -51,6 +53,10 @@ class Generic(Step):
         self._outputs = list(outputs)
         self._nodes = [(node, _function(node)) for node in nodes]
         self._precision = precision
+
+    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+        # what autograd keeps isn't known before, but for what only moves values
+        return () if all(_moves(node) for node, _ in self._nodes) else (*self.reads, *self.writes)
 
     def forward(self, call: Call) -> None:
         wanted = any(call.plan.needs[value] for value in self.writes)
@@ -98,6 +104,11 @@ class Generic(Step):
             if grad is not None and id(parameter) not in seen:
                 call.add_to_parameter(slot, grad)
             seen.add(id(parameter))
+
+
+def _moves(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op == "get_attr" or (node.op != "call_module" and name in _MOVES)
 
 
 def _function(node: fx.Node) -> Callable[..., Any]:

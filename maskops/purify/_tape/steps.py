@@ -19,16 +19,22 @@ class Step:
     reads, writes: numbers of values, a value as often as it is read
     slots:         numbers of parameters
     frees:         values that no later step reads
+    overwrites:    the value whose memory it writes to, if there is one
     """
 
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     slots: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
+    overwrites: int | None = None
 
     def keeps(self, learned: list[bool]) -> tuple[int, ...]:
         """The values that the step keeps as they are when these parameters are learned."""
         return ()
+
+    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+        """The values that the step has as whole tensors until its backward."""
+        return self.keeps(plan.learned)
 
     def forward(self, call: Call) -> None:
         raise NotImplementedError
@@ -38,7 +44,18 @@ class Step:
         raise NotImplementedError
 
 
-class Conv(Step):
+class Gated(Step):
+    """A step that may end in a ReLU, up to ``upper`` or with none."""
+
+    output: int
+    upper: float | None
+
+    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+        whole = self.upper is not None and plan.needs[self.output] and not bits
+        return (*self.keeps(plan.learned), self.output) if whole else self.keeps(plan.learned)
+
+
+class Conv(Gated):
     """``relu(conv(input) + residual)``, the residual and the ReLU (up to ``upper``) if there are any."""
 
     def __init__(
@@ -116,12 +133,13 @@ class Conv(Step):
             call.add_to_parameter(self.bias, grad_bias)
 
 
-class Add(Step):
+class Add(Gated):
     """``a + b``, and ReLU if ``upper`` is a number; ``owned`` if nobody else has or keeps ``a``."""
 
     def __init__(self, a: int, b: int, output: int, upper: float | None, owned: bool) -> None:
         self.reads, self.writes = (a, b), (output,)
         self.output, self.upper, self.owned = output, upper, owned
+        self.overwrites = a if owned else None
 
     def forward(self, call: Call) -> None:
         a, b = (call.values[value] for value in self.reads)
@@ -134,12 +152,12 @@ class Add(Step):
             call.deliver(value, grad)
 
 
-class ReLU(Step):
+class ReLU(Gated):
     """ReLU; ``owned`` if nobody else has or keeps its input."""
 
     def __init__(self, input: int, output: int, upper: float, owned: bool) -> None:
         self.input, self.output, self.upper, self.owned = input, output, upper, owned
-        self.reads, self.writes = (input,), (output,)
+        self.reads, self.writes, self.overwrites = (input,), (output,), input if owned else None
 
     def forward(self, call: Call) -> None:
         input = call.values[self.input]
@@ -162,7 +180,10 @@ class ELU(Step):
 
     def __init__(self, input: int, output: int, alpha: float, owned: bool) -> None:
         self.input, self.output, self.alpha, self.owned = input, output, alpha, owned
-        self.reads, self.writes = (input,), (output,)
+        self.reads, self.writes, self.overwrites = (input,), (output,), input if owned else None
+
+    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+        return self.writes
 
     def forward(self, call: Call) -> None:
         output = F.elu(call.values[self.input], self.alpha, inplace=self.owned)

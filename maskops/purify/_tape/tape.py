@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from maskops.purify._tape import segments
 from maskops.purify._tape.call import Call, Casts, Plan
 from maskops.purify._tape.graph import RefusedError, traced
+from maskops.purify._tape.segments import Segment
 from maskops.purify._tape.steps import Conv, plan
 from maskops.purify._tape.trace import Builder
 
@@ -35,6 +37,7 @@ class Tape:
         dtype: torch.dtype | None = None,
         gate: str = "auto",
         changing: Sequence[Parameter] = (),
+        recompute: bool = False,
     ) -> None:
         self._device = example.device.type
         precision = partial(torch.autocast, self._device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
@@ -47,7 +50,9 @@ class Tape:
         self._readers = [counts[value] for value in range(self._values)]
         first = [step for step in self._steps if 0 in step.reads]
         self._linear_first = len(first) == 1 and isinstance(first[0], Conv) and first[0].reads == (0,)
+        self._sizes = built.sizes if recompute else None
         self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._segments: dict[int, list[Segment]] = {}
 
     @classmethod
     def of(
@@ -57,6 +62,7 @@ class Tape:
         dtype: torch.dtype | None = None,
         gate: str = "auto",
         changing: Sequence[Parameter] = (),
+        recompute: bool = False,
     ) -> Tape | str:
         """A tape of the network in its present modes, or a sentence that says why there can be none.
 
@@ -65,9 +71,11 @@ class Tape:
         gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches, or ``"bits"``, one per element;
                   ``"auto"`` is the output on a GPU
         changing: parameters that change from call to call, also while they require no gradient
+        recompute: keep only what lies between a few segments of the network, and run each of them once more for its
+                  backward: less memory, and a forward's time more. Not for networks that draw or track statistics
         """
         try:
-            return cls(network, example, dtype, gate, changing)
+            return cls(network, example, dtype, gate, changing, recompute)
         except RefusedError as error:
             return str(error)
 
@@ -88,9 +96,8 @@ class Tape:
         needs_shared = shared is not None and shared.requires_grad
         with torch.autocast(self._device, enabled=False):
             if not torch.is_grad_enabled() or not (images.requires_grad or needs_shared or any(learned)):
-                nothing = self._plan(False, False, [False] * len(learned))
                 with torch.no_grad():
-                    return self._forward(Call(nothing, parameters, self._casts, self._readers, False), images)
+                    return self._forward(Call(self._nothing, parameters, self._casts, self._readers, False), images)
             plan = self._plan(images.requires_grad, needs_shared, learned)
             call = Call(plan, parameters, self._casts, self._readers, self._bits)
             watched = {id(p): p for p, is_learned in zip(parameters, learned, strict=True) if is_learned}
@@ -104,13 +111,28 @@ class Tape:
             self._plans[key] = plan(self._steps, self._values, learned, **how)
         return self._plans[key]
 
+    def _segments_of(self, plan: Plan) -> list[Segment]:
+        key = id(plan)
+        if key not in self._segments:
+            whole = self._sizes is None or plan is self._nothing
+            found = segments.whole(self._steps) if whole else segments.cut(self._steps, self._sizes, plan, self._bits)
+            self._segments[key] = found
+        return self._segments[key]
+
+    @property
+    def _nothing(self) -> Plan:
+        """For a call without a backward."""
+        return self._plan(False, False, [False] * len(self._slots))
+
     def _forward(self, call: Call, images: Tensor) -> Tensor:
         values = call.values
         values[0] = images
-        for step in self._steps:
-            step.forward(call)
-            for value in step.frees:
-                values[value] = None
+        *early, last = self._segments_of(call.plan)
+        with call.planned(self._nothing):
+            for number, segment in enumerate(early):
+                call.inputs[number] = [values[value] for value in segment.inputs]
+                _run(segment, call)
+        _run(last, call)
         logits, values[self._logits] = values[self._logits], None
         return logits.to(images.dtype)
 
@@ -118,14 +140,30 @@ class Tape:
         """The gradients of the images and of what they share."""
         plan = call.plan
         call.deliver(self._logits, grad)
-        for step in reversed(self._steps):
-            if any(plan.needs[value] for value in step.writes):
-                step.backward(call)
+        for number, segment in reversed(list(enumerate(self._segments_of(plan)))):
+            if number in call.inputs:
+                self._run_again(segment, call, call.inputs.pop(number))
+            for step in reversed(segment.steps):
+                if any(plan.needs[value] for value in step.writes):
+                    step.backward(call)
         call.flush()
         of_images = call.take(0)
         if plan.shared and not plan.early and of_images is not None:
             call.shared_grad = of_images.sum(0, keepdim=True)
         return of_images, call.shared_grad
+
+    def _run_again(self, segment: Segment, call: Call, inputs: list[Tensor]) -> None:
+        for value, tensor in zip(segment.inputs, inputs, strict=True):
+            call.values[value] = tensor
+        _run(segment, call)
+        call.values = [None] * self._values
+
+
+def _run(segment: Segment, call: Call) -> None:
+    for step in segment.steps:
+        step.forward(call)
+        for value in step.frees:
+            call.values[value] = None
 
 
 class _Taped(torch.autograd.Function):

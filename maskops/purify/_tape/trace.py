@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.parameter import Parameter
 
@@ -61,6 +63,14 @@ class Builder:
                 pending.append(node)
         self.values = len(self._number)
         self._free()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each value, of the example."""
+        return [
+            math.prod(node.meta.get("shape", ())) * node.meta.get("dtype", torch.float32).itemsize
+            for node in self._number
+        ]
 
     def _free(self) -> None:
         """Tell each step which values nobody reads after it."""
