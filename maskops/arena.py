@@ -121,6 +121,22 @@ class MaskArena:
             _ops.noise_step_(self.noise, self.mask_grad(), None, step_size, bound)
         self.grad.zero_()
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether each mask has its weight's shape."""
+        return self._elementwise
+
+    def drop_grad(self) -> None:
+        """Keep no gradient: who steps the masks layer by layer needs none."""
+        self.grad = None
+        for weight in self.effective_weights.values():
+            weight.grad = None
+
+    def place(self, name: str) -> slice:
+        """Where a layer lies in the flat buffers, if the masks have the shapes of their weights."""
+        start = self.masks[name].storage_offset()
+        return slice(start, start + self.masks[name].numel())
+
     def per_mask(self, values: Mapping[str, float]) -> Tensor:
         """One number per layer as a tensor that broadcasts to the flat masks, such as NFT's lower bounds μ(l)."""
         flat = torch.zeros_like(self.mask, requires_grad=False)
@@ -143,7 +159,11 @@ class MaskArena:
         if not self._elementwise:
             self.refresh()
         self._perturbed = False
-        self.grad.zero_()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        if self.grad is not None:
+            self.grad.zero_()
 
 
 def _pack(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class _MaskOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for mask in group["params"]:
                 if self._arena is not None:
-                    self._step(group, mask, *self._arena.step_arguments())
+                    if self._arena.grad is not None:  # otherwise each layer is stepped by itself
+                        self._step(group, mask, *self._arena.step_arguments())
                     self._arena.finish_step()
                 elif mask.grad is not None:
                     self._step(group, mask, mask, mask.grad, None, None)
@@ -60,7 +61,7 @@ class _MaskOptimizer(torch.optim.Optimizer):
         if self._arena is None:
             super().zero_grad(set_to_none)
         else:
-            self._arena.grad.zero_()
+            self._arena.zero_grad()
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         raise NotImplementedError
@@ -131,26 +132,54 @@ class MaskAdam(_MaskOptimizer):
         masks = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for key, mask in zip(saved, masks, strict=True):
             state = state_dict["state"].get(key, {})
-            if "exp_avg_scale" in state:
-                for name, dtype in _EIGHT_BITS.items():
-                    self.state[mask][name] = state[name].to(mask.device, dtype, copy=True)
+            if any(name.endswith("_scale") for name in state):
+                for name, value in state.items():
+                    dtype = _EIGHT_BITS.get(name.rpartition(".")[2], torch.float32)
+                    self.state[mask][name] = value.to(self.state[mask][name].device, dtype, copy=True)
+
+    @torch.no_grad()
+    def step_layer(self, name: str, grad: Tensor) -> None:
+        """Step the masks of one layer of an arena by the gradient of its effective weight, which is then written anew.
+
+        Layer by layer it computes what :meth:`step` does for all, so that no gradient but one layer's need exist.
+
+        errors: ValueError for an arena with masks of other shapes than their weights'
+        """
+        arena, (group,) = self._arena, self.param_groups
+        if arena is None or not arena.elementwise:
+            raise ValueError("MaskAdam: step_layer needs an arena whose masks have the shapes of their weights")
+        place = arena.place(name)
+        # a layer has states of its own: blocks of entries in eight bits don't reach into the next
+        state = self._state(group, arena.mask, arena.mask[place], f"{name}.")
+        flat = grad.movedim(1, -1) if grad.dim() in (4, 5) else grad
+        tensors = arena.mask[place], flat.reshape(-1), arena.weight[place], arena.effective[place]
+        lower = _number(group["lower"])
+        self._compute(group, tensors, state, lower[place] if lower.dim() else lower)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         tensors, lower = (mask, grad, weight, effective), _number(group["lower"])
-        if eight_bits := group["state_bits"] == 8:
+        if group["state_bits"] == 8:
             *tensors, lower_of_each = _flattened(*tensors, lower if lower.dim() else None)
             lower = lower if lower_of_each is None else lower_of_each
-        state = self.state[key]
-        if not state:
+        self._compute(group, tensors, self._state(group, key, mask), lower)
+
+    def _state(self, group: dict[str, Any], key: Tensor, mask: Tensor, prefix: str = "") -> list[Tensor]:
+        """The moments of a mask, and its count of steps."""
+        state, eight_bits = self.state[key], group["state_bits"] == 8
+        if f"{prefix}step" not in state:
+            made = _moments_of_eight_bits(mask) if eight_bits else _moments(mask)
             device = mask.device if group["capturable"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state.update(_moments_of_eight_bits(mask) if eight_bits else _moments(mask))
-        if state["step"].device.type == "cpu" and mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            made["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state.update({f"{prefix}{name}": value for name, value in made.items()})
+        names = _EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")
+        return [state[f"{prefix}{name}"] for name in (*names, "step")]
+
+    def _compute(self, group: dict[str, Any], tensors: Sequence[Any], state: list[Tensor], lower: Tensor) -> None:
+        if state[-1].device.type == "cpu" and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("MaskAdam: a step in a CUDA graph counts on the device; give capturable=True")
-        op = _ops.mask_adam8bit_step_ if eight_bits else _ops.mask_adam_step_
-        moments = (state[name] for name in (_EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")))
+        op = _ops.mask_adam8bit_step_ if group["state_bits"] == 8 else _ops.mask_adam_step_
         op(
-            *(*tensors, *moments, state["step"], _number(group["lr"]), *group["betas"], group["eps"]),
+            *(*tensors, *state, _number(group["lr"]), *group["betas"], group["eps"]),
             *(group["l1"], group["toward"], lower, group["upper"]),
         )
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from maskops.checkpoint import CheckpointError, load_run, save_run
 from maskops.purify._loop import plain_options
+from maskops.purify._masks import MaskRun
 from maskops.purify._phase import Phase
-
-if TYPE_CHECKING:
-    from maskops.purify._algorithm import Algorithm
 
 _ELSEWHERE = {"device", "progress", "graphs"}
 """Settings that may differ in the process that goes on."""
@@ -30,6 +29,19 @@ _PAUSE = 20
 """A state is written at most once in so many times as long as writing one takes: at most 5 % of the time goes there."""
 
 
+class Resumable(Protocol):
+    """What a :class:`maskops.purify._algorithm.Algorithm` has for its checkpoints."""
+
+    method: str
+    run: MaskRun
+    options: Any
+    optimizers: Sequence[Optimizer]
+
+    def phases(self) -> Iterator[Phase]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
 class Checkpoint:
     """A file with an algorithm's state after a phase: all that later phases depend on.
 
@@ -39,7 +51,7 @@ class Checkpoint:
             CheckpointError for one that can't be read or written
     """
 
-    def __init__(self, algorithm: Algorithm, path: str | os.PathLike, resume: bool) -> None:
+    def __init__(self, algorithm: Resumable, path: str | os.PathLike, resume: bool) -> None:
         self._algorithm, self._path = algorithm, Path(path)
         self._about = _about(algorithm)
         self._tensors: dict[str, Tensor] = {}
@@ -122,7 +134,7 @@ class Checkpoint:
         self._tensors = {}
 
 
-def _about(algorithm: Algorithm) -> dict[str, Any]:
+def _about(algorithm: Resumable) -> dict[str, Any]:
     """What must be the same in a process that goes on."""
     run = algorithm.run
     options = {**plain_options(algorithm.options), **plain_options(run.setting)}
@@ -143,12 +155,12 @@ def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _live(algorithm: Algorithm) -> dict[str, Tensor]:
+def _live(algorithm: Resumable) -> dict[str, Tensor]:
     """What steps change in place, but for the optimisers' states, which aren't there before the first step."""
     return {f"run.{name}": value.detach() for name, value in {**algorithm.run.tensors(), **algorithm.tensors()}.items()}
 
 
-def _optimizer_states(algorithm: Algorithm) -> dict[str, Tensor]:
+def _optimizer_states(algorithm: Resumable) -> dict[str, Tensor]:
     return {
         f"optimizer.{number}.{place}.{key}": value
         for number, optimizer in enumerate(algorithm.optimizers)
@@ -158,9 +170,9 @@ def _optimizer_states(algorithm: Algorithm) -> dict[str, Tensor]:
     }
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _generator_states(algorithm: Algorithm) -> Mapping[str, Tensor]:
+def _generator_states(algorithm: Resumable) -> Mapping[str, Tensor]:
     return {f"generator.{name}": generator.get_state() for name, generator in algorithm.run.generators().items()}

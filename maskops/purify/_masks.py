@@ -19,6 +19,7 @@ from maskops.arena import MaskArena
 from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.lean import lean_autograd
 from maskops.nn import MASKED, NORMS
+from maskops.optim import MaskAdam
 from maskops.purify._depth import depths
 from maskops.purify._draws import Batch
 from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
@@ -61,12 +62,16 @@ class MaskRun(Run):
             layers, exclude = _chosen(network, setting)
             mask_(self._masked, setting.granularity, setting.include, exclude, layers)
             self._track_statistics = batch_statistics and track_statistics
-            self._prepare(network, fold=not batch_statistics and biases is None)
+            self._prepare(network, setting, fold=not batch_statistics and biases is None)
             self._prepare_biases(biases)
             self.check_labels(self.model)
         self.model.train(batch_statistics)
         learned = [value for arena in self._noisy() for value in arena.effective_weights.values()]
-        self.model.make_tape(self.images[:2], [*learned, *self.biases.values()], setting.gate)
+        changing = [*learned, *self.biases.values()]
+        self.model.make_tape(self.images[:2], changing, setting.gate, setting.recompute)
+        if setting.recompute and (batch_statistics or self.model.tape_reason):
+            reason = "the statistics of batches would follow twice" if batch_statistics else self.model.tape_reason
+            raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
         self._perturbing = False
         self._shares_of: dict[tuple, Tensor] = {}
         # in eval mode too, such a norm computes with the statistics of its batch
@@ -74,7 +79,7 @@ class MaskRun(Run):
             isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
         )
 
-    def _prepare(self, network: nn.Module, fold: bool) -> None:
+    def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
         layers = masked_layers(self._masked)
         example = self.images[:2]
@@ -91,6 +96,10 @@ class MaskRun(Run):
         learned = {name: getattr(layers[name], layers[name].mask_name) for name in weights}
         # norms compute in their parameters' dtype; autocast casts the other layers' weights
         low = self.low_dtype if not any(isinstance(layer, NORMS) for layer in layers.values()) else None
+        low = low or next(iter(weights.values())).dtype
+        if setting.weight_dtype is not None:
+            weights = {name: weight.to(setting.weight_dtype) for name, weight in weights.items()}
+            learned = {name: mask.float() for name, mask in learned.items()}
         self.arena = MaskArena(weights, learned, low)
         _set_masks(self._masked, self._owners, self.arena.masks)
         for name, owner in self._owners.items():
@@ -158,6 +167,22 @@ class MaskRun(Run):
         self._learning = learning
         for name, weight in self.arena.effective_weights.items():
             weight.requires_grad_(learning and name not in self._fixed)
+
+    def step_in_backward(self, masks: MaskAdam) -> None:
+        """From now on a backward steps each layer's masks as soon as their gradient is complete, which isn't kept.
+
+        errors: ValueError for masks that aren't of weights, where losses must have a backward each, and without a tape
+        """
+        reason = self.model.tape_reason
+        if self._mixes_batches:
+            reason = "it has batch norms with the statistics of their batch"
+        elif not self.arena.elementwise:
+            reason = "its masks are of another granularity than 'weight'"
+        if reason is not None:
+            raise ValueError(f"{self.method}: step_in_backward=True can't be done for this model: {reason}")
+        self.arena.drop_grad()
+        name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
+        self.model.hand_over_gradients(lambda weight, grad: masks.step_layer(name_of[id(weight)], grad))
 
     def draw_noise(self, bound: float) -> None:
         """Noise on the masks, and on the biases of a run with noise on them, uniform in [-bound, bound]."""

@@ -65,6 +65,11 @@ class MaskSetting(Setting):
     include, exclude, granularity: as in :func:`maskops.mask_`
     gate:        what each ReLU keeps for its backward: its ``"output"``, which takes fewer launches, or ``"bits"``, one
                  per element; ``"auto"`` is the output on a GPU and bits on a CPU
+    recompute:   keep only what lies between a few segments of the network, and run each once more for its backward:
+                 less memory for up to a forward's time more, and the same result; for networks that a tape can run, in
+                 eval mode
+    weight_dtype: torch.bfloat16 keeps θ in 16 bits: exact only if they are numbers of that kind; None as they are.
+                 Masks are float32 then
     folded:      return plain layers with the masks folded in; otherwise masked layers
     """
 
@@ -73,13 +78,17 @@ class MaskSetting(Setting):
     exclude: str | Sequence[str] = ()
     granularity: str = "weight"
     gate: str = "auto"
+    recompute: bool = False
+    weight_dtype: torch.dtype | None = None
     folded: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("purify", self, "granularity", GRANULARITIES)
         choice("purify", self, "gate", ("auto", "output", "bits"))
-        choice("purify", self, "folded", (True, False))
+        choice("purify", self, "weight_dtype", (None, torch.bfloat16))
+        for name in ("recompute", "folded"):
+            choice("purify", self, name, (True, False))
 
 
 def _channel_values(name: str, values: Sequence[float]) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -133,19 +133,21 @@ class WorkingModel(PixelModel):
         coarsest = images.dtype if self.dtype is None else self.dtype
         return bool(difference <= torch.finfo(coarsest).eps ** 0.5 * expected.abs().max().clamp_min(1))
 
-    def make_tape(self, example: Tensor, changing: Collection[Parameter] = (), gate: str = "auto") -> None:
+    def make_tape(
+        self, example: Tensor, changing: Collection[Parameter] = (), gate: str = "auto", recompute: bool = False
+    ) -> None:
         """Run the network by a :class:`Tape` from now on, whenever it is in its present modes and has no hooks.
 
         Not done where ``tape_reason`` says why, such as when the logits of ``example`` come out otherwise. Gradients of
         parameters are then added to their ``.grad``, whatever a backward was asked for.
 
         changing: parameters that change from call to call, also while they require no gradient
-        gate:     as for :class:`Tape`
+        gate, recompute: as for :class:`Tape`
         """
         self._tape = None
         with torch.no_grad():
             images = self.normalise(example)
-        found = Tape.of(self.network, images, self.dtype, gate, changing)
+        found = Tape.of(self.network, images, self.dtype, gate, changing, recompute)
         if isinstance(found, str):
             self.tape_reason = found
             return
@@ -158,6 +160,10 @@ class WorkingModel(PixelModel):
         agrees = all(bool((value - other).norm() <= most * other.norm()) for value, other, most in pairs)
         self.tape_reason = None if agrees else "its logits or their gradient come out otherwise"
         self._tape = found if agrees else None
+
+    def hand_over_gradients(self, to: Callable[[Parameter, Tensor], None]) -> None:
+        """Give the tape's gradients of parameters to a function, each when it is complete."""
+        self._tape.on_gradient = to
 
     def _probe(self, example: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of images and a gradient of theirs; the same random numbers are drawn each time."""

@@ -44,6 +44,9 @@ class AWMOptions:
     project_every_step: after every ascent step; otherwise once, after the last
     trigger_penalty: weight of -‖Δ‖₂ in the inner objective (D.6, which prints a plus: that would reward large triggers)
     clamp:         clamp x + Δ to [0, 1] in the outer phase
+    state_bits:    32, or 8 for Adam's moments in eight bits each: see :class:`maskops.optim.MaskAdam`
+    step_in_backward: step each layer's masks in the backward itself, as soon as their gradient is complete, so that no
+                   gradient of the whole model exists; for masks of weights and branches as one batch; same result
     branches:      the two losses of line 11 one after the other, ``"sequential"`` (half the activations), or as one
                    batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU, and on a GPU
                    concatenated for as long as its memory suffices
@@ -66,6 +69,8 @@ class AWMOptions:
     project_every_step: bool = False
     trigger_penalty: float = 0.0
     clamp: bool = False
+    state_bits: int = 32
+    step_in_backward: bool = False
     branches: str = "auto"
 
     def __post_init__(self) -> None:
@@ -78,10 +83,13 @@ class AWMOptions:
             number("awm", self, name, int, 1)
         for name in ("inner_steps", "outer_steps", "batch_size"):
             number("awm", self, name, int, 1, auto=True)
+        choice("awm", self, "state_bits", (8, 32))
         choice("awm", self, "inner_labels", ("true", "predicted"))
         choice("awm", self, "projection", ("rescale", "project", "l2", "none"))
         choice("awm", self, "branches", ("auto", "sequential", "concatenated"))
-        for name in ("project_every_step", "clamp"):
+        if self.step_in_backward and self.branches == "sequential":
+            raise ValueError("awm: step_in_backward=True takes one backward: branches='concatenated'")
+        for name in ("project_every_step", "clamp", "step_in_backward"):
             choice("awm", self, name, (True, False))
 
     def for_images(self, images: Tensor | CleanImages) -> AWMOptions:
@@ -97,8 +105,13 @@ class AWMOptions:
             batch_size=batch_size,
             inner_steps=five_passes if self.inner_steps == "auto" else self.inner_steps,
             outer_steps=five_passes if self.outer_steps == "auto" else self.outer_steps,
-            branches="sequential" if self.branches == "auto" and images.device.type == "cpu" else self.branches,
+            branches=self._branches_on(images.device),
         )
+
+    def _branches_on(self, device: torch.device) -> str:
+        if self.branches == "auto" and self.step_in_backward:
+            return "concatenated"
+        return "sequential" if self.branches == "auto" and device.type == "cpu" else self.branches
 
 
 PRESETS = {
@@ -176,8 +189,11 @@ class AWM(Algorithm):
         self.run = MaskRun("awm", model, clean_data, setting)
         self.options = options.for_images(self.run.images)
         self.lr = self.run.varying(options.lr)
-        self.masks = MaskAdam(self.run.arena, self.lr, l1=options.gamma, capturable=True)  # line 1: every mask is 1
+        how = {"l1": options.gamma, "capturable": True, "state_bits": options.state_bits}
+        self.masks = MaskAdam(self.run.arena, self.lr, **how)  # line 1: every mask is 1
         self.optimizers = [self.masks]
+        if options.step_in_backward:
+            self.run.step_in_backward(self.masks)
         self.trigger = self.run.new_trigger()
         self.inner_labels = self.run.labels.clone()
         self.predictions = self.run.predictions(self.inner_labels, self.options.batch_size)

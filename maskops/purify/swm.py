@@ -15,7 +15,7 @@ from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
-from maskops.purify._options import Auto, Preset, number
+from maskops.purify._options import Auto, Preset, choice, number
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 
@@ -31,6 +31,7 @@ class SWMOptions:
     batch_size: at most n
     lr:         of Adam on the masks
     lr_decay:   factor on lr, once every ``lr_decay_epochs`` epochs
+    state_bits: 32, or 8 for Adam's moments in eight bits each: see :class:`maskops.optim.MaskAdam`
     """
 
     alpha: float = 0.9
@@ -43,8 +44,10 @@ class SWMOptions:
     lr: float = 0.01
     lr_decay: float = 0.1
     lr_decay_epochs: int = 50
+    state_bits: int = 32
 
     def __post_init__(self) -> None:
+        choice("swm", self, "state_bits", (8, 32))
         number("swm", self, "alpha", float, 0, 1)
         number("swm", self, "beta", float, 0, auto=True)
         for name in ("epsilon", "lr", "lr_decay"):
@@ -103,7 +106,7 @@ class SWM(Algorithm):
         self.run = MaskRun("swm", model, clean_data, setting)
         self.beta = 1 - options.alpha if options.beta == "auto" else options.beta
         self.lr = self.run.varying(options.lr)
-        self.masks = MaskAdam(self.run.arena, self.lr, capturable=True)
+        self.masks = MaskAdam(self.run.arena, self.lr, capturable=True, state_bits=options.state_bits)
         self.optimizers = [self.masks]
 
     def phases(self) -> Iterator[Phase]:

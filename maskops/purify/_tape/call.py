@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -99,6 +100,9 @@ class Call:
         self._grads: list[Tensor | None] = [None] * len(readers)
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
         self._pending_bytes = 0
+        self._take: Callable[[Parameter, Tensor], None] | None = None
+        self._uses: Counter[int] = Counter()
+        self._complete: dict[int, Tensor] = {}
 
     # forward
 
@@ -178,9 +182,31 @@ class Call:
         gate = None if gate is None else gate.gate
         self.deliver(value, torch.ops.maskops.conv_input_grad(grad, weight, gate, addend, size, *geometry, upper))
 
+    def expect(self, take: Callable[[Parameter, Tensor], None], slots: Iterable[int]) -> None:
+        """Hand gradients over instead of adding them to the parameters' own.
+
+        slots: those of every step that has a backward
+        """
+        self._take = take
+        self._uses = Counter(id(self.parameters[slot]) for slot in slots if self.plan.learned[slot])
+
+    def hand_over(self, slots: Iterable[int]) -> None:
+        """After the backward of a step with these slots."""
+        if self._take is None:
+            return
+        for slot in slots:
+            parameter = self.parameters[slot]
+            self._uses[id(parameter)] -= 1
+            if self._uses[id(parameter)] == 0 and id(parameter) in self._complete:
+                self._take(parameter, self._complete.pop(id(parameter)))
+
     def add_to_parameter(self, slot: int, grad: Tensor) -> None:
         """Add to a parameter's gradient: at once, or later and with others."""
         parameter = self.parameters[slot]
+        if self._take is not None:
+            so_far = self._complete.get(id(parameter))
+            self._complete[id(parameter)] = grad if so_far is None else so_far + grad
+            return
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(grad)
             return

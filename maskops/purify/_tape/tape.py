@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ class Tape:
         self._readers = [counts[value] for value in range(self._values)]
         first = [step for step in self._steps if 0 in step.reads]
         self._linear_first = len(first) == 1 and isinstance(first[0], Conv) and first[0].reads == (0,)
+        self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
+        """Takes the gradient of a parameter once it is complete and nobody needs the parameter any more; None adds it
+        to the parameter's own."""
         self._sizes = built.sizes if recompute else None
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._segments: dict[int, list[Segment]] = {}
@@ -100,6 +104,9 @@ class Tape:
                     return self._forward(Call(self._nothing, parameters, self._casts, self._readers, False), images)
             plan = self._plan(images.requires_grad, needs_shared, learned)
             call = Call(plan, parameters, self._casts, self._readers, self._bits)
+            if self.on_gradient is not None:
+                used = [step.slots for step in self._steps if any(plan.needs[value] for value in step.writes)]
+                call.expect(self.on_gradient, chain.from_iterable(used))
             watched = {id(p): p for p, is_learned in zip(parameters, learned, strict=True) if is_learned}
             return _Taped.apply(self, call, images, shared, *watched.values())
 
@@ -146,6 +153,7 @@ class Tape:
             for step in reversed(segment.steps):
                 if any(plan.needs[value] for value in step.writes):
                     step.backward(call)
+                    call.hand_over(step.slots)
         call.flush()
         of_images = call.take(0)
         if plan.shared and not plan.early and of_images is not None:
