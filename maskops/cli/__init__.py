@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from maskops._version import __version__
-from maskops.cli import demo, info, purify
+from maskops.cli import demo, info, plan, purify
 
-_COMMANDS = {"purify": purify, "info": info, "demo": demo}
+_COMMANDS = {"purify": purify, "plan": plan, "info": info, "demo": demo}
 
 
 class _Parser(argparse.ArgumentParser):

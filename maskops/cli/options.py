@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any
 
 import torch
+
+from maskops.purify.methods import METHODS
 
 
 def add_options(
@@ -88,6 +91,28 @@ def _or_auto(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
     read_or_auto.__name__ = read.__name__  # argparse says "invalid float value"
     return read_or_auto
+
+
+def method_in(argv: Sequence[str], among: Collection[str] = METHODS) -> str:
+    """The method in a command line; AWM's name where there is none, or one that the parser will refuse."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method", nargs="?")
+    method = parser.parse_known_args(list(argv))[0].method
+    return method if method in among else "awm"
+
+
+def arch_options(text: str) -> dict[str, Any]:
+    """``key=value,…``; a value is a Python literal, or else text."""
+    options = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not (key and equals):
+            raise argparse.ArgumentTypeError(f"expected key=value,…; got {part!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[key] = value
+    return options
 
 
 def best_device() -> torch.device:

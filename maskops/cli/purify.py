@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import math
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from maskops import models, report
 from maskops.backdoor import Metrics, der, evaluate, parse
 from maskops.checkpoint import CheckpointError, load_state_dict
-from maskops.cli.options import add_options, best_device, given
+from maskops.cli.options import add_options, arch_options, best_device, given, method_in
 from maskops.data import Pair, load_images, one_shot, split
 from maskops.purify import Purification
 from maskops.purify.methods import METHODS
@@ -30,7 +29,7 @@ _UNFINISHED = "unfinished.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    method = _method(argv)
+    method = method_in(argv)
     inputs = parser.add_argument_group("the model and the images")
     titles = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
     inputs.add_argument("--method", choices=METHODS, default="awm", help=f"{titles} (default: awm)")
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "--arch", required=True, help=f"{known}, or package.module:callable, which is imported and called"
     )
     inputs.add_argument(
-        "--arch-options", type=_arch_options, default={}, metavar="KEY=VALUE,…", help="arguments of the architecture"
+        "--arch-options", type=arch_options, default={}, metavar="KEY=VALUE,…", help="arguments of the architecture"
     )
     inputs.add_argument(
         "--checkpoint", required=True, metavar="FILE", help=".pth, .pt or .safetensors; code in it is never run"
@@ -78,14 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     settings = {name: preset.setting for name, preset in presets.items()}
     # the folder gets plain layers and the masks, so there is no choice to make
     add_options(parser.add_argument_group("setting"), settings, {"folded"}, {"device": _CLI_DEVICE})
-
-
-def _method(argv: Sequence[str]) -> str:
-    """The method in a command line; the default's name where there is none, or one that the parser will refuse."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--method", nargs="?")
-    method = parser.parse_known_args(list(argv))[0].method
-    return method if method in METHODS else "awm"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -259,17 +250,3 @@ def _conclude(
     if no_picture:
         print(f"no picture: {no_picture}")
     print(f"written to {out}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-
-
-def _arch_options(text: str) -> dict[str, Any]:
-    """``key=value,…``; a value is a Python literal, or else text."""
-    options = {}
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not (key and equals):
-            raise argparse.ArgumentTypeError(f"expected key=value,…; got {part!r}")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            options[key] = value
-    return options

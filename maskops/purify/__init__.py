@@ -1,6 +1,7 @@
 """Purification: the papers' loops. They see the model and clean images, never a real trigger."""
 
 from maskops.purify._loop import NonFiniteError, Purification
+from maskops.purify._plan import Plan, plan
 from maskops.purify._pruning import prune
 from maskops.purify._setting import MaskSetting, Setting
 from maskops.purify._sweep import sweep
@@ -37,6 +38,7 @@ __all__ = [
     "NADOptions",
     "NFTOptions",
     "NonFiniteError",
+    "Plan",
     "Purification",
     "RNPOptions",
     "SWMOptions",
@@ -50,6 +52,7 @@ __all__ = [
     "mcr",
     "nad",
     "nft",
+    "plan",
     "prune",
     "rnp",
     "sweep",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskops.functional import prepare_images
+from maskops.purify._fake import on_host
 
 
 class CleanImages:
@@ -23,9 +24,10 @@ class CleanImages:
 
     def __init__(self, images: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        in_bytes = (255 * images).round_().to(torch.uint8)
-        lossless = dtype == torch.float32 and torch.equal(in_bytes.float().div_(255), images)
-        stored = in_bytes if lossless else images.to(dtype)
+        with on_host():
+            in_bytes = (255 * images).round_().to(torch.uint8)
+            lossless = dtype == torch.float32 and torch.equal(in_bytes.float().div_(255), images)
+            stored = in_bytes if lossless else images.to(dtype)
         self.stored = stored.to(device, memory_format=torch.channels_last)
 
     @property

@@ -19,6 +19,7 @@ from maskops._state import eval_mode, seeded_layers
 from maskops.augment.basic import crop_at, draw_corners, draw_mirrored, flip_where
 from maskops.data import as_tensors
 from maskops.purify._draws import Batch, Drawn, Mix, stacked
+from maskops.purify._fake import has_data, on_host
 from maskops.purify._images import CleanImages
 from maskops.purify._phase import Lane, Phase
 from maskops.purify._precision import precision
@@ -86,7 +87,8 @@ class Run:
         if self.low_dtype is not None and (self.low_dtype, parameter_dtype) != (torch.bfloat16, torch.float32):
             expected = f"the model's {parameter_dtype}, or bfloat16 over float32"
             raise TypeError(f"{method}: dtype must be {expected}; got {setting.dtype}")
-        images, labels = as_tensors(clean_data)
+        with on_host():
+            images, labels = as_tensors(clean_data)
         self.images, self.labels = CleanImages(images, parameter_dtype, self.device), labels.to(self.device)
         with self.named_errors():
             self.mean, self.std = (self._per_channel(value) for value in (setting.mean, setting.std))
@@ -136,7 +138,7 @@ class Run:
         """Raise when a label isn't among the classes of a model on pixels."""
         with torch.no_grad():
             classes = model(self.images[:2]).shape[1]
-        if int(self.labels.max()) >= classes:
+        if has_data() and int(self.labels.max()) >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes; got {int(self.labels.max())}")
 
     def trainable_copy(self) -> PixelModel:
@@ -230,7 +232,8 @@ class Run:
 
     def batch_of(self, index: Tensor) -> Batch:
         """These images as a batch on the device, with draws for their augmentation."""
-        drawn = self._draw_augmentation(index.cpu())
+        with on_host():
+            drawn = self._draw_augmentation(index.cpu())
         return Batch(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in drawn.items()})
 
     def sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -268,7 +271,8 @@ class Run:
 
     def seeded_layers(self) -> AbstractContextManager[None]:
         """:func:`maskops._state.seeded_layers` with the next of the seeds that follow from the run's."""
-        seed = int(torch.randint(2**31, (), generator=self._layers_generator, device="cpu"))
+        with on_host():
+            seed = int(torch.randint(2**31, (), generator=self._layers_generator, device="cpu"))
         return seeded_layers(seed, self.device)
 
     @contextmanager

@@ -57,7 +57,9 @@ class MaskRun(Run):
     ) -> None:
         super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
-            self._masked = shared_copy(model).to(self.device)
+            self._masked = shared_copy(model)
+            if any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
+                self._masked.to(self.device)
             network = shared_copy(self._masked)
             layers, exclude = _chosen(network, setting)
             mask_(self._masked, setting.granularity, setting.include, exclude, layers)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskops.purify import _graphs
 from maskops.purify._draws import Batch, Drawn, batch_at
+from maskops.purify._fake import on_host
 
 WARM_UP = 3
 """Steps before one is recorded: what is set up, tuned and allocated once is then there."""
@@ -105,7 +106,8 @@ class Phase:
         with self._lane.stream():
             if self._before is not None:
                 self._before()
-            drawn = self._draw()
+            with on_host():
+                drawn = self._draw()
             if not self._drawn:
                 self._drawn = {name: tensor.to(self._lane.device, non_blocking=True) for name, tensor in drawn.items()}
             else:  # where a recorded step looks for them

@@ -18,6 +18,7 @@ from maskops.augment.basic import blend, draw_cutmix, draw_mixup, paste
 from maskops.optim import MaskSGD
 from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch, Drawn
+from maskops.purify._fake import on_host
 from maskops.purify._loop import OnEpoch, Purification, cosine
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional
@@ -83,7 +84,8 @@ class NFTOptions:
     def for_labels(self, labels: Tensor) -> NFTOptions:
         """The same options with every ``"auto"`` replaced by what it stands for with these labels."""
         batch_size = min(self.batch_size, len(labels))
-        per_class = len(labels) / len(labels.unique())
+        with on_host():
+            per_class = len(labels) / len(labels.unique())
         return replace(
             self,
             batch_size=batch_size,

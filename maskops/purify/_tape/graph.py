@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from maskops.purify._fake import PLAIN
+
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _MAYBE_VIEWS = ("reshape", "contiguous", "flatten", "to", "type", "float", "type_as", "expand_as")
@@ -195,7 +197,7 @@ class _Describing(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if isinstance(result, Tensor):
-            if node.op != "get_attr" and (type(result) is not Tensor or result.layout != torch.strided):
+            if node.op != "get_attr" and (type(result) not in PLAIN or result.layout != torch.strided):
                 raise RefusedError(f"{node.name} is no plain tensor")
             node.meta.update(shape=tuple(result.shape), dtype=result.dtype)
         held = list(tensors_of(result))
@@ -212,8 +214,8 @@ def _describe(
     with torch.no_grad(), precision(), untouched(network, example.device):
         try:
             logits = interpreter.run(example.clone())
-        except RefusedError:
-            raise
+        except RefusedError as error:
+            raise RefusedError(_first_line(error)) from None  # the interpreter adds where it was
         except Exception as error:  # such as of a forward that looks at what only tensors have
             raise RefusedError(f"its graph can't be run: {_first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:

@@ -1,0 +1,98 @@
+"""A plan allocates nothing, and says what a run then needs."""
+
+import pytest
+import torch
+from helpers_resume import network
+from test_working import with_statistics
+
+from benchmarks.counting import count
+from maskops import models
+from maskops.cli import main
+from maskops.purify import plan
+from maskops.purify._plan import _first_epoch, _one_step
+from maskops.purify._sweep import ALGORITHMS
+
+ALL = {"layers": ("conv", "linear")}
+
+
+def counted(model, method, batch, shape, **options):
+    """Bytes that a step of each phase needs in a real run, beside what is there before it."""
+    data = torch.rand(batch, *shape), torch.arange(batch) % 4
+    settings = {"gate": "output", "batch_size": batch, "progress": False, **options}
+    algorithm = ALGORITHMS[method](model, data, "paper", None, settings)
+    for phase in _first_epoch(algorithm):
+        _one_step(algorithm, phase)
+    found = {}
+    for phase in _first_epoch(algorithm):
+        found[phase.name] = count(lambda phase=phase: _one_step(algorithm, phase)).peak
+    kept = {"masks": algorithm.run.arena.mask.nbytes, "weights": algorithm.run.arena.weight.nbytes}
+    return found, kept
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("awm", {}),
+        ("awm", {"branches": "sequential", "gate": "bits"}),
+        ("awm", {"recompute": True, "step_in_backward": True, "state_bits": 8, "dtype": torch.bfloat16}),
+        ("awm", {"granularity": "neuron", "inner_labels": "predicted"}),
+        ("swm", {"state_bits": 8}),
+        ("anp", {"threshold": "auto"}),
+        ("nft", {"tune_bias": True, "augmentation": "cutmix"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["small_vgg", "mobilenet_v2"])
+def test_a_plan_is_what_a_run_needs(name, method, options):
+    torch.manual_seed(0)
+    model, shape = with_statistics(models.build(name)), (3, 32, 32)
+    options = {"branches": "concatenated", **options} if method == "awm" else options
+    planned = plan(model, method, shape=shape, classes=10, images=4, batch_size=4, **options)
+    phases, kept = counted(model, method, 4, shape, **options)
+    assert planned.phases.keys() == phases.keys()
+    for phase, needed in phases.items():
+        assert abs(planned.phases[phase] - needed) <= 0.1 * needed + 20_000, phase
+    assert planned.kept["weights"] == kept["weights"]
+
+
+def test_a_plan_of_a_model_without_data_allocates_nothing():
+    with torch.device("meta"):
+        huge = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4096, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4096, 4096, 3, padding=1),
+            torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4096, 1000),
+        )  # fmt: skip
+    found = plan(huge, shape=(3, 224, 224), classes=1000, batch_size=256)
+    assert found.peak > 1e12 and found.parameters == 4096 * 9 * (3 + 4096)
+    assert "most at one time" in str(found)
+
+
+def test_a_budget_chooses_what_saves_enough_and_changes_least():
+    model = with_statistics(models.build("mobilenet_v2"))
+    about = {"shape": (3, 32, 32), "classes": 10, "batch_size": 32}
+    free = plan(model, **about)
+    found = plan(model, budget=0.75 * free.peak, **about)
+    assert found.fits and found.peak <= 0.75 * free.peak
+    assert "dtype" not in found.options and found.options["branches"] == "sequential"
+    least = plan(model, budget=1, **about)
+    assert not least.fits and least.options["batch_size"] == 8 and least.peak < found.peak
+
+
+def test_what_was_given_is_never_changed():
+    about = {"shape": (3, 8, 8), "classes": 4, "branches": "concatenated", "recompute": False}
+    assert plan(network(), budget=1, **about).options["branches"] == "concatenated"
+    assert plan(network(), budget=1, **about).options["recompute"] is False
+
+
+def test_what_a_method_refuses_a_plan_refuses():
+    with pytest.raises(ValueError, match="plan: method must be one of awm, swm, anp, nft; got 'ft'"):
+        plan(network(), "ft", shape=(3, 8, 8), classes=4)
+    with pytest.raises(TypeError, match="awm: no option nonsense"):
+        plan(network(), shape=(3, 8, 8), classes=4, nonsense=1)
+
+
+def test_the_command_line_plans(capsys):
+    options = "plan --arch small_vgg --shape 3,32,32 --classes 10 --batch-size 16 --budget 10GB"
+    assert main(options.split()) == 0
+    assert "most at one time" in capsys.readouterr().out
+    assert main([*options.split()[:-1], "1kB"]) == 1
+    printed = capsys.readouterr()
+    assert "most at one time" in printed.out and "doesn't fit" in printed.err and printed.err.count("\n") == 1
