@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,15 @@ class Tape:
         gate: str = "auto",
         changing: Sequence[Parameter] = (),
     ) -> None:
+        """Of the network in its present modes.
+
+        example:  (B, C, H, W), what the network is called with; it is run on this once
+        dtype:    of layers and activations, as by autocast; None for the network's own
+        gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches, or ``"bits"``, one per element;
+                  ``"auto"`` is the output on a GPU
+        changing: parameters that change from call to call, also while they require no gradient
+        errors:   RefusedError, which says why there can be none
+        """
         self._device = example.device.type
         precision = partial(torch.autocast, self._device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         built = Builder(traced(network, example, precision), precision)
@@ -50,24 +60,10 @@ class Tape:
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     @classmethod
-    def of(
-        cls,
-        network: nn.Module,
-        example: Tensor,
-        dtype: torch.dtype | None = None,
-        gate: str = "auto",
-        changing: Sequence[Parameter] = (),
-    ) -> Tape | str:
-        """A tape of the network in its present modes, or a sentence that says why there can be none.
-
-        example:  (B, C, H, W), what the network is called with; it is run on this once
-        dtype:    of layers and activations, as by autocast; None for the network's own
-        gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches, or ``"bits"``, one per element;
-                  ``"auto"`` is the output on a GPU
-        changing: parameters that change from call to call, also while they require no gradient
-        """
+    def of(cls, *arguments: Any, **options: Any) -> Tape | str:
+        """A tape, or a sentence that says why there can be none."""
         try:
-            return cls(network, example, dtype, gate, changing)
+            return cls(*arguments, **options)
         except RefusedError as error:
             return str(error)
 
