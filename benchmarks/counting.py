@@ -161,6 +161,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # what a tensor without memory is asked for
+            return func(*args, **kwargs)
         inputs = list(_tensors((args, kwargs)))
         for tensor in inputs:
             self._note(tensor)
