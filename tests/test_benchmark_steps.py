@@ -268,7 +268,10 @@ def test_contestants_for_gpus_compute_the_published_steps_too(monkeypatch):
     assert names == {"tf32", "naive-graphs", "naive-autotune", "compile-graphs", "graph", "floor-graph"}
     before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
     for name in names:
-        found = steps.first_steps(CONTESTANTS["awm"][name](given))
+        contestant = CONTESTANTS["awm"][name](given)
+        trigger = contestant.trigger
+        found = steps.first_steps(contestant)
+        assert contestant.trigger is trigger, f"{name}: a captured step would go on with another trigger"
         where, error = steps.disagreement(given, expected, found)
         assert error < steps.TOLERANCE[torch.float32], (name, where, error)
     assert (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32) == before
