@@ -15,6 +15,7 @@ and may have
     needs_cuda    whether it is one for CUDA devices alone
     compiles      what making it and its first steps is to be called, where that takes long
     counts_as     the contestant whose arithmetic it does, where its own can't be seen
+    needs_memory  whether it can't be counted on tensors without memory: what it does depends on numbers, or on theirs
     inject        ANP, NFT: whether the random draws are the problem's; true while it is compared
 """
 

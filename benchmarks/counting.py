@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from maskops.backends import reference
 
@@ -36,12 +36,21 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
+def _convolution_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, _bias: Any, _stride: Any, _pad: Any, _dilation: Any, transposed: bool,
+    _output_padding: Any, _groups: int, wanted: list[bool], **_: Any,
+) -> int:  # fmt: skip
+    """Each gradient takes what the convolution does; torch's own formula forgets the groups of a weight's."""
+    return (wanted[0] + wanted[1]) * conv_flop_count(input.shape, weight.shape, grad.shape, transposed)
+
+
 FORMULAS = {
     **{op: formula for op, formula in flop_registry.items() if isinstance(op, torch._ops.OpOverloadPacket)},
+    torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""torch's own, and those it lacks."""
+"""torch's own, and those that it lacks or gets wrong."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # what a tensor without memory is asked for
+            return func(*args, **kwargs)
         inputs = list(_tensors((args, kwargs)))
         for tensor in inputs:
             self._note(tensor)

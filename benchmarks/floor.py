@@ -34,12 +34,14 @@ class Floor:
         self.base = {name: self.model.get_submodule(name).weight.clone() for name in problem.masks}
         self.model.to(problem.dtype, memory_format=torch.channels_last)
         self.weights = {name: self.model.get_submodule(name).weight for name in problem.masks}
+        self.trigger = torch.zeros_like(problem.trigger).requires_grad_()
         self.reset()
         self.predicted: list[Tensor] = []
 
     @torch.no_grad()
     def reset(self) -> None:
-        self.trigger = self.problem.trigger.clone().requires_grad_()
+        # into the same memory, which a CUDA graph reads
+        self.trigger.copy_(self.problem.trigger)
         for name, weight in self.weights.items():
             weight.copy_(self.base[name] * self.problem.masks[name])
 

@@ -24,6 +24,7 @@ class _Ours:
 
     saves_itself = True
     """What is kept for the backward is kept beside autograd, where nobody counts it."""
+    needs_memory = True
 
     def __init__(self, problem: Problem, algorithm: Callable[..., Any], **options: Any) -> None:
         self.problem = problem

@@ -120,6 +120,8 @@ class Masked(nn.Module):
 class Parametrized(Careful):
     """Careful, with torch's parametrisation as the mask: the product whenever a layer asks for its weight."""
 
+    needs_memory = True
+
     def _mask(self, layer: nn.Module) -> Parameter:
         mask = Parameter(torch.ones_like(layer.weight))
         parametrize.register_parametrization(layer, "weight", Masked(mask))
@@ -170,47 +172,43 @@ class Functional(Careful):
         super().outer(index)
 
 
-class Graphed(Careful):
-    """The careful steps as CUDA graphs, one for each step and batch."""
+class _Graphs:
+    """The steps of the class behind it as CUDA graphs, one for each step and batch."""
 
     needs_cuda = True
     compiles = "capture"
-    counts_as = "careful"
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.reset()
-        self.labels = torch.zeros_like(problem.labels)
         self._graphs = capture(super().inner, super().outer, problem.device)
+
+    def inner(self, index: int = 0) -> None:
+        self._graphs["inner", index].replay()
+
+    def outer(self, index: int = 0) -> None:
+        self._graphs["outer", index].replay()
+
+
+class Graphed(_Graphs, Careful):
+    """The careful steps as CUDA graphs."""
+
+    counts_as = "careful"
+
+    def __init__(self, problem: Problem) -> None:
+        self.labels = torch.zeros_like(problem.labels)
+        super().__init__(problem)
 
     def begin(self) -> None:
         before = self.labels
         super().begin()
         self.labels = before.copy_(self.labels)
 
-    def inner(self, index: int = 0) -> None:
-        self._graphs["inner", index].replay()
 
-    def outer(self, index: int = 0) -> None:
-        self._graphs["outer", index].replay()
-
-
-class FloorGraphed(Floor):
+class FloorGraphed(_Graphs, Floor):
     """The floor as CUDA graphs."""
 
-    needs_cuda = True
-    compiles = "capture"
     counts_as = "floor"
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self._graphs = capture(super().inner, super().outer, problem.device)
-
-    def inner(self, index: int = 0) -> None:
-        self._graphs["inner", index].replay()
-
-    def outer(self, index: int = 0) -> None:
-        self._graphs["outer", index].replay()
 
 
 def capture(

@@ -15,7 +15,7 @@
 // Weak, so that the module loads where torch has no CUDA, and this is never called.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
-namespace {
+namespace maskops::binding {
 
 using maskops::View;
 using torch::headeronly::MemoryFormat;
@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-maskops::DType dtype_of(ScalarType type) {
+inline maskops::DType dtype_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
       return maskops::DType::float32;
@@ -39,7 +39,7 @@ maskops::DType dtype_of(ScalarType type) {
   }
 }
 
-View view(const Tensor& tensor) {
+inline View view(const Tensor& tensor) {
   View result;
   // a tensor of no elements has no memory, but it isn't missing
   static char nothing[16];
@@ -56,9 +56,9 @@ View view(const Tensor& tensor) {
   return result;
 }
 
-View view(const OptionalTensor& tensor) { return tensor ? view(*tensor) : View(); }
+inline View view(const OptionalTensor& tensor) { return tensor ? view(*tensor) : View(); }
 
-maskops::Number::Type number_type_of(const Tensor& tensor) {
+inline maskops::Number::Type number_type_of(const Tensor& tensor) {
   using Number = maskops::Number;
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
@@ -87,7 +87,7 @@ maskops::Number::Type number_type_of(const Tensor& tensor) {
 }
 
 // A tensor of one entry.
-maskops::Number number(const Tensor& tensor) {
+inline maskops::Number number(const Tensor& tensor) {
 #ifdef CUDA_EMULATOR
   const bool on_host = !emulator::is_device_memory(tensor.data_ptr());
 #else
@@ -97,7 +97,7 @@ maskops::Number number(const Tensor& tensor) {
 }
 
 // Unwritten memory on the device of a tensor.
-Tensor empty(const Tensor& like, ScalarType type, int dimensions, const int64_t* sizes, const int64_t* strides) {
+inline Tensor empty(const Tensor& like, ScalarType type, int dimensions, const int64_t* sizes, const int64_t* strides) {
   int32_t device_type, device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device));
@@ -109,15 +109,15 @@ Tensor empty(const Tensor& like, ScalarType type, int dimensions, const int64_t*
 }
 
 // Bytes for a kernel; none where it needs none.
-OptionalTensor workspace(const Tensor& like, int64_t bytes) {
+inline OptionalTensor workspace(const Tensor& like, int64_t bytes) {
   const int64_t stride = 1;
   return bytes > 0 ? OptionalTensor(empty(like, ScalarType::Byte, 1, &bytes, &stride)) : std::nullopt;
 }
 
-void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+inline void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 // The strides of a dense batch, whose images have the order of memory that those of another have.
-void like_images(const Tensor& other, const int64_t* sizes, int64_t* strides) {
+inline void like_images(const Tensor& other, const int64_t* sizes, int64_t* strides) {
   int order[] = {1, 2, 3};
   // to torch, a tensor of no elements is contiguous as it is
   if (std::find(sizes, sizes + 4, 0) == sizes + 4) {
@@ -131,13 +131,13 @@ void like_images(const Tensor& other, const int64_t* sizes, int64_t* strides) {
   strides[0] = stride;
 }
 
-OptionalTensor as_floats(const OptionalTensor& tensor) {
+inline OptionalTensor as_floats(const OptionalTensor& tensor) {
   if (!tensor) return tensor;
   return torch::stable::contiguous(torch::stable::to(*tensor, ScalarType::Float));
 }
 
 // Four dimensions without gaps, the channels innermost, then columns, rows and images.
-bool is_channels_last(const Tensor& tensor) {
+inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 4) return false;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t expected = 1;
@@ -149,7 +149,7 @@ bool is_channels_last(const Tensor& tensor) {
 }
 
 // Torch's guess at the layout that strides are meant for, with gaps, too; not so where sizes of 1 leave it open.
-bool suggests_channels_last(const Tensor& tensor) {
+inline bool suggests_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 4 || tensor.strides()[1] == 0) return false;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t least = 0;
@@ -160,12 +160,12 @@ bool suggests_channels_last(const Tensor& tensor) {
   return true;
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
 // The device of a tensor made the current one, and its current stream.
 class Device {
@@ -188,7 +188,7 @@ class Device {
 
 // Unwritten memory in the memory order of another tensor, without gaps. Where it is contiguous whatever the strides of
 // its dimensions of one entry, they are those of a contiguous one, as of what torch's own ops return.
-Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const int dimensions = static_cast<int>(tensor.dim());
   std::vector<int> order(dimensions);
@@ -216,4 +216,4 @@ Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   return empty(tensor, dtype, dimensions, sizes.data(), dense.data());
 }
 
-}  // namespace
+}  // namespace maskops::binding

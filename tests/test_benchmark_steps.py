@@ -124,6 +124,22 @@ def test_linear_layers_of_transformers_are_masked_by_everybody(monkeypatch):
         assert error < steps.TOLERANCE[torch.float32], (name, where, error)
 
 
+@pytest.mark.parametrize("phase", ["inner", "outer"])
+def test_without_memory_the_same_is_counted(phase, monkeypatch):
+    def counted():
+        found = {}
+        for name in ("official", "lean", "careful", "functional", "floor"):
+            counts = dry.counts(CONTESTANTS["awm"][name], f"{__name__}:tiny_transformer", 32, "awm", phase)
+            found[name] = counts.by_op, counts.flops, counts.bytes, counts.peak
+        return found
+
+    monkeypatch.setattr(networks, "masked_kinds", lambda net: ("conv", "linear"))
+    monkeypatch.setattr(networks, "TRANSFORMERS", ())
+    expected = counted()
+    monkeypatch.setattr(networks, "TRANSFORMERS", (__name__,))
+    assert counted() == expected
+
+
 class ForgetsTheTrigger(Maskops):
     def outer(self, index=0):
         self.run.descend((ALPHA, *self.run.sample(Batch(self.problem.indices[index]))))
@@ -252,7 +268,10 @@ def test_contestants_for_gpus_compute_the_published_steps_too(monkeypatch):
     assert names == {"tf32", "naive-graphs", "naive-autotune", "compile-graphs", "graph", "floor-graph"}
     before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
     for name in names:
-        found = steps.first_steps(CONTESTANTS["awm"][name](given))
+        contestant = CONTESTANTS["awm"][name](given)
+        trigger = contestant.trigger
+        found = steps.first_steps(contestant)
+        assert contestant.trigger is trigger, f"{name}: a captured step would go on with another trigger"
         where, error = steps.disagreement(given, expected, found)
         assert error < steps.TOLERANCE[torch.float32], (name, where, error)
     assert (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32) == before
@@ -290,6 +309,14 @@ def test_dry_counts_without_a_clock(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert f"awm on {TINY}, batch 128, float32: inner, counted" in out and "nft on" in out
     assert "least, 16 bits" in out and "compile" not in out
+    both = ["--net", TINY, "--dtype", "float32", "bfloat16", "--contestants", "floor"]
+    assert command_line.main(["steps", "--dry", *both]) == 0
+    out = capsys.readouterr().out
+    assert f"{TINY}, batch 128, float32: outer" in out and f"{TINY}, batch 128, bfloat16: outer" in out
+    single, half = (
+        dry.counts(CONTESTANTS["awm"]["floor"], TINY, 128, dtype=d) for d in (torch.float32, torch.bfloat16)
+    )
+    assert half.flops == single.flops and half.bytes < single.bytes
     found = dry.counts(CONTESTANTS["awm"]["maskops"], TINY, 128, "awm", "outer")
     assert found.ops < dry.counts(Official, TINY, 128, "awm", "outer").ops
     monkeypatch.setitem(dry.CONTESTANTS["nft"], "maskops", Fails)

@@ -40,6 +40,11 @@ def test_a_convolution_counts_the_gradients_that_are_asked_for():
     assert count(lambda: layer(x).sum().backward()).flops == 2 * flops
 
 
+def test_a_depthwise_convolution_counts_its_own_channels_alone():
+    layer, x = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(2, 8, 6, 6, requires_grad=True)
+    assert count(lambda: layer(x).sum().backward()).flops == 3 * 2 * (2 * 8 * 6 * 6) * 9
+
+
 def test_what_is_written_in_place_is_read_and_written():
     x, y = torch.ones(10), torch.ones(10)
     assert count(lambda: x.add_(y)).bytes == 3 * 10 * FLOAT

@@ -1,5 +1,7 @@
 """Steps recorded as graphs, on the CPU with an emulator of CUDA graphs: bit for bit what eager steps compute."""
 
+from dataclasses import replace
+
 import graph_emulator
 import pytest
 import torch
@@ -7,6 +9,8 @@ from helpers import tiny_network
 from torch import nn
 
 from maskops.purify import _graphs, anp, awm, nft, swm
+from maskops.purify._masks import MaskRun
+from maskops.purify.awm import AWMOptions
 
 METHODS = {"awm": awm, "swm": swm, "anp": anp, "nft": nft}
 STEPS = {"awm": {"inner_steps": 6, "outer_steps": 6}, "swm": {"steps": 6}, "anp": {"steps": 6}, "nft": {"steps": 6}}
@@ -149,6 +153,51 @@ def test_a_learning_rate_that_has_decayed_to_nothing_moves_no_mask(method, clean
 def test_augmentation_on_the_host_says_so(clean_data, recorded):
     result = purified("nft", clean_data, augmentation="cutout")
     assert result.execution == {"masks": "eager: cutout draws on the host"} and not recorded
+
+
+@pytest.mark.parametrize("branches", ["auto", "concatenated"])
+def test_a_recording_that_runs_out_of_memory_is_made_again_of_one_branch_after_the_other(
+    branches, clean_data, request, monkeypatch
+):
+    descend, for_images, calls = MaskRun.descend, AWMOptions.for_images, []
+
+    def for_images_on_a_gpu(options, images):
+        return replace(for_images(options, images), branches=options.branches)
+
+    def descend_three_times_together(run, *given, together=False):
+        calls.append(together)
+        if branches == "auto" and together and sum(calls) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return descend(run, *given, together=together)
+
+    monkeypatch.setattr(AWMOptions, "for_images", for_images_on_a_gpu)
+    monkeypatch.setattr(MaskRun, "descend", descend_three_times_together)
+    eager = purified("awm", clean_data, branches=branches)
+    graphs = request.getfixturevalue("recorded")
+    record = _graphs.record
+
+    def record_in_little_memory(*arguments):
+        calls.clear()
+        graph = record(*arguments)
+        if any(calls):
+            graphs.remove(graph)
+            raise torch.OutOfMemoryError("out of memory")
+        return graph
+
+    def noted(run, *given, together=False):
+        calls.append(together)
+        return descend(run, *given, together=together)
+
+    monkeypatch.setattr(MaskRun, "descend", noted)
+    monkeypatch.setattr(_graphs, "record", record_in_little_memory)
+    result = purified("awm", clean_data, branches=branches)
+    assert_same(result, eager)
+    if branches == "auto":
+        assert result.options["branches"] == "sequential"
+        # the trigger's step anew too: its graph would have kept the memory
+        assert len(graphs) == 3 and result.execution == {"inner": "CUDA graph", "outer": "CUDA graph"}
+    else:
+        assert result.execution == {"inner": "CUDA graph", "outer": "eager: out of memory"}
 
 
 def test_graphs_can_be_declined(clean_data, recorded):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from helpers_tape import Doubled, Net, images, made
 from torch.nn.utils import parametrizations
 
+from maskops.purify._masks import MaskRun
+from maskops.purify._setting import MaskSetting
 from maskops.purify._tape import Tape, graph
 from maskops.purify._working import WorkingModel
 
@@ -139,3 +141,25 @@ def test_what_can_not_be_taped_is_refused_with_the_reason(build, reason):
         model.make_tape(images())
         assert model.tape_reason == found
         assert model(images()).shape == (3, 5)
+
+
+class BranchingInReLUs(Net):
+    def between(self, x):
+        return F.relu(self.second(F.relu(x))) if x.sum() > -1e9 else x
+
+
+def test_without_a_tape_bits_are_kept_while_no_mask_is_learned():
+    clean_data = images().float().clamp(0, 1), torch.arange(3)
+    run = MaskRun("awm", BranchingInReLUs(), clean_data, MaskSetting(progress=False))
+    trigger = run.new_trigger()
+
+    def kept():
+        dtypes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: dtypes.append(t.dtype) or t, lambda t: t):
+            run.logits(run.images[:2], trigger)
+        return dtypes.count(torch.uint8)
+
+    assert "can't be traced" in run.model.tape_reason and kept() == 0
+    with run.frozen_masks():
+        assert kept() == 2
+    assert kept() == 0

@@ -204,7 +204,7 @@ class Run:
         """A phase of so many steps, each on a batch of clean images drawn with replacement.
 
         mix: further draws for each batch
-        how: ``before``, ``after`` and ``around`` of :class:`Phase`
+        how: ``before``, ``after``, ``around`` and ``shrink`` of :class:`Phase`
         """
         draw = partial(self.draw, count, batch_size, mix)
         return Phase(name, step, draw, self.lane, why_eager=self._why_eager or why_eager, **how)

@@ -17,7 +17,6 @@ from torch.nn.parameter import Parameter
 from maskops._state import eval_mode
 from maskops.arena import MaskArena
 from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
-from maskops.lean import lean_autograd
 from maskops.nn import MASKED, NORMS
 from maskops.optim import MaskAdam
 from maskops.purify._depth import depths
@@ -130,9 +129,7 @@ class MaskRun(Run):
         """The working model's logits of images in pixel space, plus a trigger."""
         if not self._perturbing:
             self._drop_noise()
-        # layers whose masks are learned save their inputs, which are outputs of ReLUs: bits would come on top
-        with lean_autograd(relu_bits=not self._learning):
-            return self.model(images, trigger)
+        return self.model(images, trigger)
 
     def predictions(self, into: Tensor, batch_size: int) -> Phase:
         """A phase that writes the class that the working model gives each clean image, (N,)."""
@@ -166,7 +163,7 @@ class MaskRun(Run):
         self._learn(True)
 
     def _learn(self, learning: bool) -> None:
-        self._learning = learning
+        self.model.relu_bits = not learning
         for name, weight in self.arena.effective_weights.items():
             weight.requires_grad_(learning and name not in self._fixed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Lane:
         on_gpu = device.type == "cuda"
         self.device = device
         self.generators = [generator for generator in generators if generator.device.type == device.type]
+        # weakly: what a phase holds is to be gone with it
+        self.graphs: WeakKeyDictionary[Phase, _graphs.Graph] = WeakKeyDictionary()
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
@@ -43,6 +46,11 @@ class Lane:
     def record(self, step: Callable[[], object]) -> _graphs.Graph:
         return _graphs.record(step, self._stream, self._pool, self.generators)
 
+    def forget(self) -> None:
+        """Drop all graphs, and with them the memory that they share."""
+        self.graphs.clear()
+        self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
+
 
 class Phase:
     """Steps of one kind, each with draws of its own, that leave numbers behind.
@@ -59,6 +67,7 @@ class Phase:
     lane:      where it runs
     before, after: what is done once, before the first step and after the last
     around:    a context for all three
+    shrink:    makes steps need less memory, or returns False where it can't: asked when a recording runs out of it
     why_eager: why steps can't be recorded, if that is known; None for trying
     """
 
@@ -72,19 +81,23 @@ class Phase:
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        shrink: Callable[[], bool] = lambda: False,
         why_eager: str | None = None,
     ) -> None:
         self.name, self.around = name, around
         self._step, self._draw, self._lane = step, draw, lane
-        self._before, self._after = before, after
+        self._before, self._after, self._shrink = before, after, shrink
         self._why_eager = why_eager or _graphs.why_not(lane.device)
-        self._graph: _graphs.Graph | None = None
         self._warm = 0
         self.counter = torch.zeros(1, dtype=torch.int64, device=lane.device)
         self._drawn: Drawn = {}
         self._names: tuple[str, ...] = ()
         self._records: Tensor | None = None
         self.left = 0
+
+    @property
+    def _graph(self) -> _graphs.Graph | None:
+        return self._lane.graphs.get(self)
 
     @property
     def execution(self) -> str:
@@ -122,8 +135,9 @@ class Phase:
         with self._lane.stream():
             if self._graph is None and self._why_eager is None and self._warm == WARM_UP:
                 self._record()
-            if self._graph is not None:
-                self._graph.replay()
+            graph = self._graph
+            if graph is not None:
+                graph.replay()
                 return
             self._warm = min(self._warm + 1, WARM_UP)
             if self._why_eager is not None or self._warm < WARM_UP:
@@ -133,10 +147,16 @@ class Phase:
 
     def _record(self) -> None:
         try:
-            self._graph = self._lane.record(self._once)
+            self._lane.graphs[self] = self._lane.record(self._once)
+            return
         except Exception as error:
-            first = error.__context__ or error  # what made the recording fail, not that it failed
-            self._why_eager = (str(first) or type(first).__name__).splitlines()[0]
+            reason, out_of_memory = _reason(error)
+        if out_of_memory and self._shrink():
+            # once more, after steps of the new kind; these may need the memory of what was recorded so far
+            self._lane.forget()
+            self._warm = 0
+        else:
+            self._why_eager = reason
 
     def _once(self) -> None:
         numbers = self._step(batch_at(self.counter, self._drawn))
@@ -158,3 +178,9 @@ class Phase:
         if self._records is None:
             return {}
         return dict(zip(self._names, self._records.cpu().unbind(1), strict=True))
+
+
+def _reason(error: Exception) -> tuple[str, bool]:
+    """Why a recording failed, and whether for lack of memory; the error itself would keep what the step began."""
+    first = error.__context__ or error  # what made the recording fail, not that it failed
+    return (str(first) or type(first).__name__).splitlines()[0], isinstance(first, torch.OutOfMemoryError)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
+from maskops.lean import lean_autograd
 from maskops.purify._fake import has_data
 from maskops.purify._tape import Tape, untouched
 
@@ -103,6 +104,9 @@ class WorkingModel(PixelModel):
         super().__init__(network.requires_grad_(False), mean, std, dtype)
         self._first: str | None = None
         self._tape: Tape | None = None
+        self.relu_bits = True
+        """Whether ReLUs keep bits where there is no tape. Layers whose weights are learned keep their inputs, which are
+        outputs of ReLUs: bits would come on top."""
         self.tape_reason: str | None = "none was made"
         """Why the network runs under autograd; None where a tape takes its place."""
         self.eval()
@@ -158,12 +162,12 @@ class WorkingModel(PixelModel):
         if not has_data():
             self._tape, self.tape_reason = found, None
             return
-        logits, gradient = self._probe(example)
+        expected = self._probe(self.plain, example)
         self._tape = found
         # what tracing can't see shows in one of the two; where a ReLU's input is 0 but for rounding, gradients part
         coarsest = example.dtype if self.dtype is None else self.dtype
         tolerances = torch.finfo(coarsest).eps ** 0.5, 0.5
-        pairs = zip(self._probe(example), (logits, gradient), tolerances, strict=True)
+        pairs = zip(self._probe(self, example), expected, tolerances, strict=True)
         agrees = all(bool((value - other).norm() <= most * other.norm()) for value, other, most in pairs)
         self.tape_reason = None if agrees else "its logits or their gradient come out otherwise"
         self._tape = found if agrees else None
@@ -172,7 +176,7 @@ class WorkingModel(PixelModel):
         """Give the tape's gradients of parameters to a function, each when it is complete."""
         self._tape.on_gradient = to
 
-    def _probe(self, example: Tensor) -> tuple[Tensor, Tensor]:
+    def _probe(self, model: Callable[[Tensor], Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of images and a gradient of theirs; the same random numbers are drawn each time."""
         learned = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         images = example.clone().requires_grad_()
@@ -180,7 +184,7 @@ class WorkingModel(PixelModel):
             for parameter in learned:
                 parameter.requires_grad_(False)
             with untouched(self.network, example.device), torch.enable_grad():
-                logits = self(images)
+                logits = model(images)
                 weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device)
                 total = (logits * weights.view_as(logits)).sum() + 0 * images.sum()
                 return logits.detach(), torch.autograd.grad(total, images)[0]
@@ -195,7 +199,8 @@ class WorkingModel(PixelModel):
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
         if self._tape is None or not self._tape.fits():
-            return self.plain(images, trigger)
+            with lean_autograd(self.relu_bits):
+                return self.plain(images, trigger)
         shared = None
         if trigger is not None:
             images = images + trigger.detach()

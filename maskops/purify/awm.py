@@ -202,7 +202,7 @@ class AWM(Algorithm):
         run, options = self.run, self.options
         once = {"before": self.begin, "after": self.project, "around": run.frozen_masks}
         inner = run.steps("inner", self.inner, options.inner_steps, options.batch_size, **once)
-        outer = run.steps("outer", self.outer, options.outer_steps, options.batch_size)
+        outer = run.steps("outer", self.outer, options.outer_steps, options.batch_size, shrink=self.part)
         for epoch in run.epochs(options.epochs):  # line 2
             yield inner
             yield outer
@@ -238,17 +238,22 @@ class AWM(Algorithm):
         return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
 
     def descend(self, *branches: Branch) -> list[Tensor]:
-        together = self.options.branches != "sequential"
         try:
-            return self.run.descend(*branches, together=together)
+            return self.run.descend(*branches, together=self.options.branches != "sequential")
         except torch.OutOfMemoryError:
             # a step that is being recorded would keep what it began
             recording = self.trigger.is_cuda and torch.cuda.is_current_stream_capturing()
-            if recording or not (together and self.options.branches == "auto"):
+            if recording or not self.part():
                 raise
-        self.options = replace(self.options, branches="sequential")
         self.masks.zero_grad()
         return self.run.descend(*branches)
+
+    def part(self) -> bool:
+        """Run the branches one after the other from now on; returns whether that is a change, and ours to make."""
+        if self.options.branches != "auto":
+            return False
+        self.options = replace(self.options, branches="sequential")
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         return {"trigger": self.trigger}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,17 @@ class Tape:
         changing: Sequence[Parameter] = (),
         recompute: bool = False,
     ) -> None:
+        """Of the network in its present modes.
+
+        example:  (B, C, H, W), what the network is called with; it is run on this once
+        dtype:    of layers and activations, as by autocast; None for the network's own
+        gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches, or ``"bits"``, one per element;
+                  ``"auto"`` is the output on a GPU
+        changing: parameters that change from call to call, also while they require no gradient
+        recompute: keep only what lies between a few segments of the network, and run each of them once more for its
+                  backward: less memory, and a forward's time more. Not for networks that draw or track statistics
+        errors:   RefusedError, which says why there can be none
+        """
         self._device = example.device.type
         precision = partial(torch.autocast, self._device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         built = Builder(traced(network, example, precision), precision)
@@ -59,27 +71,10 @@ class Tape:
         self._segments: dict[int, list[Segment]] = {}
 
     @classmethod
-    def of(
-        cls,
-        network: nn.Module,
-        example: Tensor,
-        dtype: torch.dtype | None = None,
-        gate: str = "auto",
-        changing: Sequence[Parameter] = (),
-        recompute: bool = False,
-    ) -> Tape | str:
-        """A tape of the network in its present modes, or a sentence that says why there can be none.
-
-        example:  (B, C, H, W), what the network is called with; it is run on this once
-        dtype:    of layers and activations, as by autocast; None for the network's own
-        gate:     what a ReLU keeps: its ``"output"``, which takes fewer launches, or ``"bits"``, one per element;
-                  ``"auto"`` is the output on a GPU
-        changing: parameters that change from call to call, also while they require no gradient
-        recompute: keep only what lies between a few segments of the network, and run each of them once more for its
-                  backward: less memory, and a forward's time more. Not for networks that draw or track statistics
-        """
+    def of(cls, *arguments: Any, **options: Any) -> Tape | str:
+        """A tape, or a sentence that says why there can be none."""
         try:
-            return cls(network, example, dtype, gate, changing, recompute)
+            return cls(*arguments, **options)
         except RefusedError as error:
             return str(error)
 
