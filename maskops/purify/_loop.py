@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from maskops._state import eval_mode, seeded_layers
 from maskops.augment.basic import crop_at, draw_corners, draw_mirrored, flip_where
 from maskops.data import as_tensors
+from maskops.purify import _finite
 from maskops.purify._draws import Batch, Drawn, Mix, stacked
 from maskops.purify._images import CleanImages
 from maskops.purify._phase import Lane, Phase
@@ -29,7 +30,7 @@ OnEpoch = Callable[[int, nn.Module], None]
 
 
 class NonFiniteError(RuntimeError):
-    """A loss was NaN or infinite; the message says in which phase. The user's model is as it was."""
+    """A loss was NaN or infinite; the message says in which phase and where it began. The user's model is as it was."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Run:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{method}: a purification needs gradients, which torch.inference_mode() forbids")
         self.method, self.setting, self.original = method, setting, model
+        _finite.check_model(method, model)
         self.device = self._find_device(model)
         parameter_dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         self.low_dtype = setting.dtype if setting.dtype != parameter_dtype else None
@@ -100,6 +102,10 @@ class Run:
         self._seconds: dict[str, float] = {}
         self._epoch = 0
         self._start = time.perf_counter()
+        self.beside: Callable[[], dict[str, Tensor]] = dict
+        """What the algorithm changes in place, beside the run's own tensors, by names for people."""
+        self.saved = ""
+        """Where the last good state is, for errors."""
         self.replaying = False
         """Whether epochs go by that another process has run: nothing is reported of these."""
         if self.device.type == "cuda" and not within:
@@ -295,10 +301,13 @@ class Run:
         for what, values in numbers.items():
             mean = float(values.mean())
             if not math.isfinite(mean):
-                where = f"in the {name} phase of epoch {self._epoch + 1}"
-                raise NonFiniteError(f"{self.method}: the {what} became {mean} {where}; the model is left as it was")
+                where = f"in the {name} phase of epoch {self._epoch + 1}{_finite.origin(self, name)}"
+                raise self.failed(f"the {what} became {mean} {where}")
             self.history.setdefault(what, []).append(mean)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def failed(self, what: str) -> NonFiniteError:
+        return NonFiniteError(f"{self.method}: {what}; the model is left as it was{self.saved}")
 
     def note(self, what: str, value: Tensor) -> None:
         """Keep a number of a step that isn't a :class:`Phase`'s, without waiting for it."""
