@@ -10,6 +10,8 @@ import contextlib
 import math
 import os
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from maskops._text import one_line, printable
 from maskops.cifar import is_cifar, read_cifar
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -30,6 +33,13 @@ NPZ_PAIRS = {
     "test": ("x_test", "y_test"),
     "train": ("x_train", "y_train"),
 }
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""What an image may be, whatever its name says: Pillow would start other programs for some other formats."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGE = 1 << 30
+_RATIO = 100
+"""An array of an archive that takes more than _LARGE bytes may be packed to no less than one part in so many."""
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -78,7 +88,8 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
     if size is not None and size < 1:
         raise ValueError(f"load_images: size must be at least 1; got {size}")
     file, part = re.fullmatch(r"(.*?)(?::(\w+))?", os.fspath(path), re.DOTALL).groups()
-    arrays = file.endswith(".npz") or is_cifar(Path(file))
+    with _readable(Path(file)):
+        arrays = file.endswith(".npz") or is_cifar(Path(file))
     if not arrays:
         return _load_folder(Path(path), size)
     if size is not None:
@@ -169,9 +180,14 @@ def _checked(function: str, images: Tensor | np.ndarray, labels: Tensor | np.nda
 
 def _tensor(function: str, array: Tensor | np.ndarray) -> Tensor:
     if isinstance(array, Tensor):
+        if array.layout is not torch.strided or array.is_quantized or array.is_nested or array.is_meta:
+            kind = "nested" if array.is_nested else "meta" if array.is_meta else array.dtype
+            found = kind if array.layout is torch.strided else array.layout
+            raise TypeError(f"{function}: tensors must be dense numbers; got {found}")
         return array.detach()
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{function}: arrays must hold numbers; got {array.dtype}")
+    # torch has no longer numbers than of 8 bytes
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise TypeError(f"{function}: arrays must hold numbers; got {one_line(str(array.dtype))}")
     # torch takes no read-only, flipped or byte-swapped array; all others are shared, not copied
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
 
@@ -181,7 +197,7 @@ def _checked_pixels(function: str, images: Tensor) -> Tensor:
         if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
             images = images.permute(0, 3, 1, 2)
         return images.float().div_(255)
-    if not images.is_floating_point():
+    if images.dtype not in _DTYPES:
         raise TypeError(f"{function}: images must be uint8 or floating point; got {images.dtype}")
     low, high = (bound.item() for bound in images.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -247,14 +263,37 @@ def _pixels(image) -> Tensor:
 
 def _load_npz(path: Path, wanted: str | None) -> Pair:
     with _readable(path):
-        archive = np.load(path, allow_pickle=False)
-    if isinstance(archive, np.ndarray):
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        with open(path, "rb") as file:
+            alone = file.read(6) == b"\x93NUMPY"
+    if alone:
         raise ValueError(f"load_images: {path} must hold named arrays; it holds one array, as np.save writes it")
+    with _readable(path):
+        archive = np.load(path, allow_pickle=False)
     with archive:
         names = _npz_names(path, archive.files, wanted)
         with _readable(path):
+            for name in names:
+                _check_packed(archive.zip, name)
             images, labels = (archive[name] for name in names)
     return _checked(f"load_images: {path}", images, labels)
+
+
+def _check_packed(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise ValueError for an array that isn't all there, or is packed as no image is: memory comes before reading."""
+    member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
+    if member.file_size > max(_LARGE, _RATIO * member.compress_size):
+        raise ValueError(f"{name} unpacks from {member.compress_size} bytes to {member.file_size}")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} is in version {version} of the format, which is for names of fields")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    # an array of objects has no size; np.load refuses it
+    if not dtype.hasobject and (min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > member.file_size):
+        raise ValueError(f"{name} claims shape {shape} in {member.file_size} bytes")
 
 
 def _npz_names(path: Path, files: Sequence[str], wanted: str | None) -> tuple[str, str]:
@@ -268,7 +307,9 @@ def _npz_names(path: Path, files: Sequence[str], wanted: str | None) -> tuple[st
         raise ValueError(f"load_images: {path} holds several sets of images; choose {choices}")
     if not found:
         expected = " or ".join("/".join(pair) for pair in NPZ_PAIRS.values())
-        raise ValueError(f"load_images: {path} must hold {expected}; it holds {', '.join(files) or 'nothing'}")
+        raise ValueError(
+            f"load_images: {path} must hold {expected}; it holds {one_line(', '.join(files)) or 'nothing'}"
+        )
     return NPZ_PAIRS[found[0]]
 
 
@@ -282,10 +323,12 @@ def _load_cifar(folder: Path, part: str | None) -> Pair:
 def _load_folder(folder: Path, size: int | None) -> Pair:
     if not folder.is_dir():
         raise ValueError(f"load_images: expected a .npz file or a folder of class folders; got {folder}")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    with _readable(folder):
+        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files, labels = [], []
     for label, entry in enumerate(classes):
-        of_class = sorted(file for file in entry.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        with _readable(entry):
+            of_class = sorted(file for file in entry.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         files += of_class
         labels += [label] * len(of_class)
     if not files:
@@ -293,7 +336,8 @@ def _load_folder(folder: Path, size: int | None) -> Pair:
     images = [_read_image(file, size) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape[1:] != images[0].shape[1:]:
-            found = f"{files[0]} is {tuple(images[0].shape[1:])}, {file} is {tuple(image.shape[1:])}"
+            names = printable(str(files[0])), printable(str(file))
+            found = f"{names[0]} is {tuple(images[0].shape[1:])}, {names[1]} is {tuple(image.shape[1:])}"
             raise ValueError(f"load_images: images must have one size, or give size=; {found}")
     channels = max(len(image) for image in images)  # a grey image among coloured ones becomes RGB
     stacked = torch.stack([image.expand(channels, -1, -1) for image in images])
@@ -305,9 +349,14 @@ def _read_image(file: Path, size: int | None) -> Tensor:
         from PIL import Image
     except ImportError as error:
         raise ImportError("load_images: folders of images need Pillow: pip install pillow") from error
-    with _readable(file), Image.open(file) as image:
-        image.load()
-    image = _grey_or_rgb(f"load_images: {file}", image)
+    with _readable(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what a file has beside its pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if not file.is_file():
+            raise OSError("it is no file")
+        with Image.open(file, formats=_FORMATS) as image:
+            image.load()
+    image = _grey_or_rgb(f"load_images: {printable(str(file))}", image)
     return _pixels(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -317,8 +366,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"load_images: cannot read {path} ({reason})") from error
+        raise ValueError(f"load_images: cannot read {printable(str(path))} ({one_line(error)})") from error
 
 
 def _centre_crop(images: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ import resource
 import struct
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +96,11 @@ def little_memory(megabytes: int = 300):
 def tree(folder) -> dict[str, bytes]:
     """Every file of a folder and what is in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def nothing_but(name: str, folder: Path | None = None):
+    """At the end the folder, by default the current one, holds this file alone."""
+    folder = Path.cwd() if folder is None else folder
+    yield
+    assert list(tree(folder)) == [name]

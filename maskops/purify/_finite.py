@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskops.purify._working import PixelModel, shared_copy
@@ -77,7 +78,7 @@ def _in_state(run: Any, phase: str) -> str:
         return f": first in {name}"
     name = first_non_finite(after)
     if name is not None:
-        return f", and then {name}"
+        return f", and has reached {name}"
     layer = _first_layer(model, run)
     if layer is None and "the trigger" in others:
         layer = _first_layer(model, run, others["the trigger"])
@@ -104,7 +105,7 @@ def _first_in_model(model: nn.Module) -> str | None:
 
 
 def _first_layer(model: PixelModel, run: Any, trigger: Tensor | None = None) -> str | None:
-    """The layer that first gives out, for clean images, what isn't finite."""
+    """The layer that first gives out, for clean images, what isn't finite; or else the loss, if that isn't."""
     found: list[str] = []
     handles = []
     for name, module in model.network.named_modules():
@@ -115,8 +116,10 @@ def _first_layer(model: PixelModel, run: Any, trigger: Tensor | None = None) -> 
 
         handles.append(module.register_forward_hook(look))
     try:
-        for images in run.images.split(_BATCH):
-            model(images if trigger is None else images + trigger)
+        for images, labels in zip(run.images.split(_BATCH), run.labels.split(_BATCH), strict=True):
+            logits = model(images if trigger is None else images + trigger)
+            if not found and not is_finite(F.cross_entropy(logits, labels)):
+                return "the loss, of logits that are finite"
             if found:
                 return found[0]
     finally:

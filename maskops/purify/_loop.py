@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maskops._state import eval_mode, seeded_layers
+from maskops._text import one_line
 from maskops.augment.basic import crop_at, draw_corners, draw_mirrored, flip_where
 from maskops.data import as_tensors
 from maskops.purify import _finite
@@ -123,12 +124,18 @@ class Run:
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Within, TypeErrors and ValueErrors begin with the method's name."""
+        """Within, TypeErrors and ValueErrors begin with the method's name, and torch's complaints become such."""
         try:
             yield
         except (TypeError, ValueError) as error:
             named = str(error) if str(error).startswith(self.method) else f"{self.method}: {error}"
             raise type(error)(named) from error
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # no memory is left, or a device failed
+                raise
+            images = tuple(self.images.shape[1:])
+            reason = f"{self.method}: the model can't compute on images {images}: {one_line(str(error))}"
+            raise ValueError(reason) from error
 
     def _per_channel(self, value: Sequence[float] | None) -> Tensor | None:
         if value is None:
