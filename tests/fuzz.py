@@ -35,7 +35,7 @@ from maskops.data import load_images
 from maskops.purify import swm
 
 SECONDS = 5
-"""How long one file may take: a deadline for each example."""
+"""How long one file may keep the processor: a deadline for each example."""
 
 MEGABYTES = 400
 """What reading one may map beside what the process has."""
@@ -242,7 +242,7 @@ def check(kind: Kind, content: bytes) -> str:
         file = Path(folder, kind.name)
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
-        before = time.monotonic()
+        before = time.process_time()
         try:
             with little_memory(MEGABYTES):
                 kind.read(file)
@@ -251,7 +251,7 @@ def check(kind: Kind, content: bytes) -> str:
             outcome = type(error).__name__
             line = str(error)
             assert line.isprintable() and str(folder) in line, line
-        assert time.monotonic() - before < SECONDS, "it took too long"
+        assert time.process_time() - before < SECONDS, "it took too long"
         left = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
         assert left == [kind.name] and (outcome == "read" or file.read_bytes() == content), left
     return outcome
@@ -286,11 +286,12 @@ def main(minutes: float) -> int:
         for kind in every:
             seed += 1
             try:
-                totals.setdefault(kind.name, Counter()).update(fuzz(kind, 200, seed))
-            except Exception:
+                totals.setdefault(kind.name, Counter()).update(fuzz(kind, 100, seed))
+            except Exception as error:
                 failed.add(kind.name)
-                print(f"{kind.name}, seed {seed}:", flush=True)
-                traceback.print_exc()
+                lines = traceback.format_exception(type(error), error, error.__traceback__)
+                # the last of them hold the whole file, which the seed gives too
+                print(f"{kind.name}, seed {seed}: {''.join(line[:400] for line in lines[-8:])}", flush=True)
             if time.monotonic() > end:
                 break
     for name, outcomes in totals.items():

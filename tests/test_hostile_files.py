@@ -159,6 +159,16 @@ def test_names_of_records_lead_nowhere(tmp_path, name):
     assert list(tree(tmp_path)) == ["in/side/model.pth"]
 
 
+def test_a_record_that_is_a_link_is_bytes(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(zipped(dict_of(w=PLAIN)))
+    with zipfile.ZipFile(path, "a") as archive:
+        link = zipfile.ZipInfo("archive/data/0")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, b"/dev/zero\0\0\0\0\0\0\0")
+    assert load_state_dict(path)["w"].shape == (2, 2)
+
+
 def test_two_records_of_one_name_are_one_line(tmp_path):
     path = tmp_path / "model.pth"
     path.write_bytes(zipped(dict_of(w=PLAIN), {"data/0": BITS}))
@@ -270,6 +280,14 @@ def test_a_lying_header_is_one_line(tmp_path, name, read):
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_file(json.dumps(HEADERS[name]).encode(), BITS * 3))
     line_of(path, read)
+
+
+def test_a_name_that_comes_twice_in_a_header_is_one_line(tmp_path):
+    other = json.dumps({**ENTRY, "data_offsets": [16, 32]})
+    header = f'{{"w": {json.dumps(ENTRY)}, "w": {other}}}'
+    assert "no valid safetensors file" in refused(
+        tmp_path, safetensors_file(header.encode(), BITS * 2), "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize("read", [load_state_dict, load_masks, load_run], ids=lambda read: read.__name__)

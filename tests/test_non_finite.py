@@ -118,6 +118,15 @@ def test_what_an_earlier_phase_left_is_named(clean_data, monkeypatch, phase, wha
     assert f"in the {phase} phase of epoch 2: first in {what}; the model is" in failing(clean_data)
 
 
+def test_a_search_that_fails_takes_nothing_away(clean_data, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr("maskops.purify._finite._in_state", fail)
+    beyond = {"mean": (0.0, 0.0), "std": (1e-308, 1e-308)}
+    assert "in the inner phase of epoch 1; the model is left" in failing(clean_data, **beyond)
+
+
 def test_what_the_phase_itself_learns_is_said_to_be_reached(clean_data, monkeypatch):
     step = AWM.inner
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from maskops.purify._working import PixelModel, shared_copy
 
@@ -45,16 +46,18 @@ def is_finite(value: Tensor, or_below: bool = False) -> bool:
 def origin(run: Any, phase: str) -> str:
     """After a phase that ended with a number that isn't finite: where that began, as far as can be seen now.
 
-    run: a :class:`maskops.purify._loop.Run`
-
     Eagerly, and on all clean images. In their order: a tensor of the user's model; what a layer of it answers before
     anything is learned; what the phase took over from those before it; what a layer answers now. Where the phase's own
-    steps have already spread it, their first loss says no more than that.
+    steps have already spread it, no more than that can be said.
 
+    run:     a :class:`maskops.purify._loop.Run`
     returns: what follows ``"the inner loss became nan in the inner phase of epoch 3"``
     """
-    with run.quiet(), torch.no_grad():
-        return _in_model(run) or _in_state(run, phase)
+    try:
+        with run.quiet(), torch.no_grad():
+            return _in_model(run) or _in_state(run, phase)
+    except Exception:  # such as no memory: the search must not take the place of what was found
+        return ""
 
 
 def _in_model(run: Any) -> str:
@@ -97,10 +100,14 @@ def _named(run: Any) -> dict[str, Tensor]:
 
 
 def _first_in_model(model: nn.Module) -> str | None:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and not is_finite(value, or_below=name not in parameters):
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and not is_finite(parameter):
             return name
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            saved = name not in module._non_persistent_buffers_set
+            if saved and not is_lazy(buffer) and not is_finite(buffer, or_below=True):
+                return f"{prefix}.{name}" if prefix else name
     return None
 
 
