@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 _MOST = 200
 
 
@@ -21,3 +25,12 @@ def one_line(reason: Exception | str) -> str:
     if isinstance(reason, Exception):
         text = f"{type(reason).__name__}: {text}" if text else type(reason).__name__
     return text if len(text) <= _MOST else f"{text[:_MOST]}…"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever a reader raises on a missing, truncated or foreign file, as one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"load_images: cannot read {printable(str(path))} ({one_line(error)})") from error

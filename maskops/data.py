@@ -6,13 +6,11 @@ and std belongs to the model.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
 import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,23 +20,15 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from maskops._text import one_line, printable
+from maskops._text import one_line, printable, readable
 from maskops.cifar import is_cifar, read_cifar
+from maskops.npz import read_npz
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
-NPZ_PAIRS = {
-    "images": ("images", "labels"),
-    "x": ("x", "y"),
-    "test": ("x_test", "y_test"),
-    "train": ("x_train", "y_train"),
-}
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """What an image may be, whatever its name says: Pillow would start other programs for some other formats."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LARGE = 1 << 30
-_RATIO = 100
-"""An array of an archive that takes more than _LARGE bytes may be packed to no less than one part in so many."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -88,13 +78,17 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
     if size is not None and size < 1:
         raise ValueError(f"load_images: size must be at least 1; got {size}")
     file, part = re.fullmatch(r"(.*?)(?::(\w+))?", os.fspath(path), re.DOTALL).groups()
-    with _readable(Path(file)):
+    with readable(Path(file)):
         arrays = file.endswith(".npz") or is_cifar(Path(file))
     if not arrays:
         return _load_folder(Path(path), size)
     if size is not None:
         raise ValueError(f"load_images: size is for folders of images; got size={size} and {path}")
-    return _load_npz(Path(file), part) if file.endswith(".npz") else _load_cifar(Path(file), part)
+    return (
+        _checked(f"load_images: {file}", *read_npz(Path(file), part))
+        if file.endswith(".npz")
+        else _load_cifar(Path(file), part)
+    )
 
 
 def split(images: Tensor, labels: Tensor, n: int, generator: Generator) -> tuple[Pair, Pair]:
@@ -261,58 +255,6 @@ def _pixels(image) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def _load_npz(path: Path, wanted: str | None) -> Pair:
-    with _readable(path):
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
-        with open(path, "rb") as file:
-            alone = file.read(6) == b"\x93NUMPY"
-    if alone:
-        raise ValueError(f"load_images: {path} must hold named arrays; it holds one array, as np.save writes it")
-    with _readable(path):
-        archive = np.load(path, allow_pickle=False)
-    with archive:
-        names = _npz_names(path, archive.files, wanted)
-        with _readable(path):
-            for name in names:
-                _check_packed(archive.zip, name)
-            images, labels = (archive[name] for name in names)
-    return _checked(f"load_images: {path}", images, labels)
-
-
-def _check_packed(archive: zipfile.ZipFile, name: str) -> None:
-    """Raise ValueError for an array that isn't all there, or is packed as no image is: memory comes before reading."""
-    member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
-    if member.file_size > max(_LARGE, _RATIO * member.compress_size):
-        raise ValueError(f"{name} unpacks from {member.compress_size} bytes to {member.file_size}")
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{name} is in version {version} of the format, which is for names of fields")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    # an array of objects has no size; np.load refuses it
-    if not dtype.hasobject and (min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > member.file_size):
-        raise ValueError(f"{name} claims shape {shape} in {member.file_size} bytes")
-
-
-def _npz_names(path: Path, files: Sequence[str], wanted: str | None) -> tuple[str, str]:
-    found = [choice for choice, pair in NPZ_PAIRS.items() if set(pair) <= set(files)]
-    if wanted in found:
-        return NPZ_PAIRS[wanted]
-    choices = " or ".join(f"{path}:{choice}" for choice in found)
-    if wanted is not None:
-        raise ValueError(f"load_images: {path} holds no {wanted!r}; choose {choices or 'another file'}")
-    if len(found) > 1:
-        raise ValueError(f"load_images: {path} holds several sets of images; choose {choices}")
-    if not found:
-        expected = " or ".join("/".join(pair) for pair in NPZ_PAIRS.values())
-        raise ValueError(
-            f"load_images: {path} must hold {expected}; it holds {one_line(', '.join(files)) or 'nothing'}"
-        )
-    return NPZ_PAIRS[found[0]]
-
-
 def _load_cifar(folder: Path, part: str | None) -> Pair:
     if part not in ("train", "test"):
         found = "holds several sets of images" if part is None else f"holds no {part!r}"
@@ -323,11 +265,11 @@ def _load_cifar(folder: Path, part: str | None) -> Pair:
 def _load_folder(folder: Path, size: int | None) -> Pair:
     if not folder.is_dir():
         raise ValueError(f"load_images: expected a .npz file or a folder of class folders; got {folder}")
-    with _readable(folder):
+    with readable(folder):
         classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files, labels = [], []
     for label, entry in enumerate(classes):
-        with _readable(entry):
+        with readable(entry):
             of_class = sorted(file for file in entry.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         files += of_class
         labels += [label] * len(of_class)
@@ -349,7 +291,7 @@ def _read_image(file: Path, size: int | None) -> Tensor:
         from PIL import Image
     except ImportError as error:
         raise ImportError("load_images: folders of images need Pillow: pip install pillow") from error
-    with _readable(file), warnings.catch_warnings():
+    with readable(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what a file has beside its pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if not file.is_file():
@@ -358,15 +300,6 @@ def _read_image(file: Path, size: int | None) -> Tensor:
             image.load()
     image = _grey_or_rgb(f"load_images: {printable(str(file))}", image)
     return _pixels(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Whatever a reader raises on a missing, truncated or foreign file, as one line that names the file."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"load_images: cannot read {printable(str(path))} ({one_line(error)})") from error
 
 
 def _centre_crop(images: Tensor, size: int) -> Tensor:

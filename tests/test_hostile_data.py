@@ -181,6 +181,13 @@ def test_images_that_pack_well_are_images(tmp_path):
     assert load_images(path)[0].shape == (2000, 3, 32, 32)
 
 
+def test_a_second_array_of_a_name_is_looked_at_too(tmp_path):
+    path = npz(tmp_path / "data.npz", x=array(PIXELS), y=array(np.arange(2)))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x", npy((10**12, 3, 4, 4)))
+    assert "claims shape" in line_of(path)
+
+
 def test_an_archive_cut_anywhere_is_one_line(tmp_path):
     path = tmp_path / "data.npz"
     np.savez_compressed(path, x=PIXELS, y=np.arange(2))

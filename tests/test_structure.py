@@ -22,7 +22,10 @@ ROOMS = (
     *("lower", "purify", "report", "demo", "cli", "__main__"),
 )
 """From the bottom to the top; a room imports from those below it."""
-LOWER = ("augment", "_scan", "cifar", "data", "checkpoint", "convert", "optim", "lean", "arena", "backdoor", "models")
+LOWER = (
+    *("augment", "_scan", "cifar", "npz", "data", "checkpoint"),
+    *("convert", "optim", "lean", "arena", "backdoor", "models"),
+)
 """The rooms side by side under purify."""
 OPTIONAL = ("safetensors", "tqdm", "triton", "matplotlib", "sklearn", "PIL", "transformers", "torchvision", "timm")
 
