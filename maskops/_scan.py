@@ -13,7 +13,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,38 +72,48 @@ def _check_zip(path: Path) -> None:
             raise RuntimeError("a TorchScript archive")
         if sum(record.file_size for record in records.values()) > size:
             raise pickle.UnpicklingError(f"the archive claims to hold more than its {size} bytes")
-        (pickled,) = [record for name, record in records.items() if name.count("/") == 1 and name.endswith("/data.pkl")]
-        content = archive.read(pickled)
-    folder = pickled.filename.lower().partition("/")[0]
-    claims: dict[str, int] = {}
-
-    def claim(key: str, bytes_: int) -> None:
-        record = records.get(f"{folder}/data/{key}".lower())
-        if record is not None and record.file_size < bytes_:
-            raise pickle.UnpicklingError(f"a storage of {bytes_} bytes is in a record of {record.file_size}")
-        claims[key] = max(bytes_, claims.get(key, 0))
-        if sum(claims.values()) > size:
-            raise pickle.UnpicklingError(f"its tensors claim more than the file's {size} bytes")
-
-    _Machine(io.BytesIO(content), claim).run()
+        folders = {name.partition("/")[0] for name in records}
+        if len(folders) != 1:
+            raise ValueError("the archive isn't one folder")
+        folder = folders.pop()
+        if f"{folder}/data.pkl" not in records:
+            raise ValueError("the archive has no data.pkl")
+        content = archive.read(records[f"{folder}/data.pkl"])
+    sizes = {name: record.file_size for name, record in records.items()}
+    _Machine(io.BytesIO(content), _Claims(size, sizes, f"{folder}/data/")).run()
 
 
 def _check_legacy(file: BinaryIO, size: int) -> None:
-    claims: dict[str, int] = {}
-    total = 0
-
-    def claim(key: str, bytes_: int) -> None:
-        nonlocal total
-        total += max(0, bytes_ - claims.get(key, 0))
-        claims[key] = max(bytes_, claims.get(key, 0))
-        if total > size:
-            raise pickle.UnpicklingError(f"its tensors claim more than the file's {size} bytes")
-
+    claim = _Claims(size)
     first = _Machine(file, claim).run()
     if first != torch.serialization.MAGIC_NUMBER:
         raise ValueError("invalid magic number")
     for _ in range(4):  # the protocol, the system, the content, the keys of its storages
         _Machine(file, claim).run()
+
+
+class _Claims:
+    """What the storages of a file claim to take, which may not be more than the file has.
+
+    size:   the file's
+    sizes:  name -> bytes of each record of an archive
+    folder: where the records of storages are in it
+    """
+
+    def __init__(self, size: int, sizes: Mapping[str, int] | None = None, folder: str = "") -> None:
+        self._size, self._sizes, self._folder = size, sizes or {}, folder
+        self._claims: dict[str, int] = {}
+        self._total = 0
+
+    def __call__(self, key: str, claimed: int) -> None:
+        record = self._sizes.get(f"{self._folder}{key}".lower(), claimed)  # torch says that there is none
+        if record < claimed:
+            raise pickle.UnpicklingError(f"a storage of {claimed} bytes is in a record of {record}")
+        before = self._claims.get(key, 0)
+        self._claims[key] = max(before, claimed)
+        self._total += self._claims[key] - before
+        if self._total > self._size:
+            raise pickle.UnpicklingError(f"its tensors claim more than the file's {self._size} bytes")
 
 
 class _Inert:

@@ -136,12 +136,19 @@ class _ArraysOnly(pickle._Unpickler):
         _check_keys(self.stack[::2])
         pickle._Unpickler.load_setitems(self)
 
+    def _build(self) -> None:
+        if type(self.stack[-2]) not in (_Array, _Dtype):  # and not a stand-in itself, which would stay changed
+            raise pickle.UnpicklingError("a state is given to what is no array")
+        pickle._Unpickler.load_build(self)
+
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it holds what arrays don't need")
 
+    dispatch[pickle.BUILD[0]] = _build
     dispatch[pickle.SETITEM[0]] = _set_item
     dispatch[pickle.SETITEMS[0]] = _set_items
-    dispatch[pickle.ADDITEMS[0]] = dispatch[pickle.FROZENSET[0]] = dispatch[pickle.DICT[0]] = _refuse
+    for _code in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        dispatch[_code[0]] = _refuse
 
 
 def _check_keys(keys: list[Any]) -> None:

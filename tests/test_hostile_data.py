@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from maskops.checkpoint import save_state_dict
+from maskops.cifar import _encoded
 from maskops.cli import main
 from maskops.data import as_tensors, load_images, one_shot
 from maskops.purify import awm
@@ -321,6 +322,7 @@ CIFAR = {
     "an extension": b"\x80\x02\x82\x01.",
     "nothing": b"",
     "deep lists": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "a state of a function": b"\x80\x02c_codecs\nencode\nN}X\x0c\x00\x00\x00__defaults__)s\x86b.",
     "a module with codes": b"\x80\x02cevil\x1b[2J\nna\rme\n.",
 }
 
@@ -329,6 +331,7 @@ CIFAR = {
 def test_a_pickle_of_cifar_that_is_none_is_one_line(tmp_path, name):
     (tmp_path / "test_batch").write_bytes(CIFAR[name])
     line_of(f"{tmp_path}:test")
+    assert _encoded.__defaults__ is None
 
 
 @pytest.fixture
