@@ -1,4 +1,4 @@
-.PHONY: demo test lint build gpu clean
+.PHONY: demo test fuzz lint build gpu clean
 
 ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV   := $(ROOT)/.venv
@@ -16,6 +16,11 @@ demo: $(VENV)/installed-$(EXTRAS)
 # One process per core, with one thread each.
 test: $(VENV)/installed-$(EXTRAS)
 	export OMP_NUM_THREADS=1; $(RUN) -m pytest -n auto $(ARGS)
+
+# Mutated and made-up files against every reader, for so long.
+MINUTES ?= 10
+fuzz: $(VENV)/installed-$(EXTRAS)
+	export OMP_NUM_THREADS=1; cd $(ROOT)/tests && PYTHONPATH=.. $(VENV)/bin/python fuzz.py $(MINUTES)
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(RUN) -m ruff check .

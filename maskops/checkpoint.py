@@ -17,10 +17,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from maskops import _scan
+from maskops._text import one_line, printable
 
 NESTINGS = ("net", "state_dict", "model", "model_state_dict", "netC")
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
 MASK_FORMAT = RUN_FORMAT = 1
+_LONGEST_NAME = 1000
 
 
 class CheckpointError(ValueError):
@@ -50,9 +55,10 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         raise CheckpointError(f"load_state_dict: {path} holds no tensors")
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            found = f"{_one_line(repr(key))}: {type(value).__name__}"
+            found = f"{one_line(repr(key))}: {type(value).__name__}"
             raise CheckpointError(f"load_state_dict: {path}: the state dict must hold names and tensors; got {found}")
-    return {key: value.detach() for key, value in _without_wrapper_prefix(state_dict).items()}
+    plain = {key: _plain("load_state_dict", path, key, value) for key, value in state_dict.items()}
+    return _without_wrapper_prefix(plain)
 
 
 def save_state_dict(path: str | os.PathLike, state_dict: Mapping[str, Tensor]) -> None:
@@ -130,11 +136,11 @@ def _read_described(
         raise CheckpointError(f"{function}: {path} is no {kind} file: its metadata has no entry '{entry}'")
     found = metadata.get(f"{entry}_format")
     if found != str(number):
-        raise CheckpointError(f"{function}: {path} must have {kind} format {number}; it has {found}")
+        raise CheckpointError(f"{function}: {path} must have {kind} format {number}; it has {one_line(str(found))}")
     try:
         described = json.loads(metadata[entry])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{function}: {path}: the options are not JSON ({_one_line(error)})") from None
+        raise CheckpointError(f"{function}: {path}: the options are not JSON ({one_line(error)})") from None
     if not isinstance(described, dict):
         found = type(described).__name__
         raise CheckpointError(f"{function}: {path}: the options must be a JSON object; got {found}")
@@ -143,12 +149,15 @@ def _read_described(
 
 def _existing_file(function: str, path: str | os.PathLike) -> Path:
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{function}: {path} is a folder; name the file in it")
-    if not path.is_file():
-        raise CheckpointError(f"{function}: there is no file {path}")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{function}: {path} is empty")
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{function}: {path} is a folder; name the file in it")
+        if not path.is_file():
+            raise CheckpointError(f"{function}: there is no file {path}")
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{function}: {path} is empty")
+    except OSError as error:
+        raise CheckpointError(f"{function}: cannot read {one_line(str(path))} ({one_line(error)})") from None
     return path
 
 
@@ -156,6 +165,7 @@ def _read_torch(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the refusal below says it in one line
+            _scan.check(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file can make the reader fail in any way
         # not chained: torch's own text advises to load again with weights_only=False
@@ -169,7 +179,7 @@ def _refusal(path: Path, error: Exception) -> str:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not a zip file: the message names the first one only
         names = re.findall(r"GLOBAL (\S+)", str(error))
-    shown = _one_line(", ".join(names[:3]))
+    shown = one_line(", ".join(names[:3]))
     if any(name.startswith("torch.nn.modules.") for name in names):
         return f"holds a whole pickled nn.Module, and reading one runs code ({shown}): {advice}"
     if names:
@@ -177,9 +187,9 @@ def _refusal(path: Path, error: Exception) -> str:
     if "TorchScript" in str(error):
         return f"is a TorchScript archive, which holds code: {advice}"
     if isinstance(error, pickle.UnpicklingError):
-        reason = _one_line(str(error).rpartition("WeightsUnpickler error: ")[2])
+        reason = one_line(str(error).rpartition("WeightsUnpickler error: ")[2])
         return f"cannot be read as tensors alone ({reason}): {advice}"
-    return f"is truncated, corrupt or no torch checkpoint ({_one_line(error)})"
+    return f"is truncated, corrupt or no torch checkpoint ({one_line(error)})"
 
 
 def _read_safetensors(function: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -187,9 +197,38 @@ def _read_safetensors(function: str, path: Path) -> tuple[dict[str, Tensor], dic
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as error:
-        raise CheckpointError(f"{function}: {path} is no valid safetensors file ({_one_line(error)})") from None
+        raise CheckpointError(f"{function}: {path} is no valid safetensors file ({one_line(error)})") from None
+    for name in tensors:
+        _check_name(function, path, name)
+    return tensors, metadata
+
+
+def _check_name(function: str, path: Path, name: str) -> None:
+    if name != printable(name) or len(name) > _LONGEST_NAME:
+        raise CheckpointError(f"{function}: {path}: a tensor has a name that can't be shown ({one_line(name)})")
+
+
+def _plain(function: str, path: Path, name: str, value: Tensor) -> Tensor:
+    """The tensor without gradient and attributes, if it is one of numbers that are all there."""
+    _check_name(function, path, name)
+    found = None
+    if type(value) not in (Tensor, Parameter):
+        found = type(value).__name__
+    elif value.layout is not torch.strided or value.is_nested:
+        found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+    elif value.is_quantized:
+        found = f"quantised numbers, {value.dtype}"
+    elif value.device.type != "cpu":
+        found = f"device {value.device}, without numbers"
+    if found is None:
+        value = Tensor.detach(value)  # a parameter's own attributes, by any name, stay behind
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            found = f"shape {tuple(value.shape)} over {value.untyped_storage().nbytes()} bytes"
+    if found is not None:
+        raise CheckpointError(f"{function}: {path}: {name} must be a plain tensor; got {found}")
+    return value
 
 
 def _unwrap(path: Path, content: object) -> dict:
@@ -198,21 +237,23 @@ def _unwrap(path: Path, content: object) -> dict:
         if not isinstance(content, dict):
             found = type(content).__name__
             raise CheckpointError(f"load_state_dict: {path} must hold a dict of names and tensors; it holds {found}")
-        nested = [key for key in NESTINGS if _may_hold_tensors(content.get(key))]
+        # as a plain dict's: an OrderedDict from a file may have attributes of any name
+        nested = [key for key in NESTINGS if _may_hold_tensors(dict.get(content, key))]
         if len(nested) > 1:
             raise CheckpointError(f"load_state_dict: {path} holds several models ({', '.join(nested)}); save one alone")
         if not nested:
             break
-        content = content.pop(nested[0])  # pop, not get: a dict that contains itself comes to an end
+        content = dict.pop(content, nested[0])  # pop, not get: a dict that contains itself comes to an end
+    content = dict(dict.items(content))
     if not any(isinstance(value, Tensor) for value in content.values()):
-        found = _one_line(", ".join(map(repr, content)) or "nothing")
+        found = one_line(", ".join(map(repr, content)) or "nothing")
         expected = f"tensors, or a dict of them under {' or '.join(NESTINGS)}"
         raise CheckpointError(f"load_state_dict: {path} holds no tensors; expected {expected}; got {found}")
     return content
 
 
 def _may_hold_tensors(value: object) -> bool:
-    return isinstance(value, dict) and any(isinstance(entry, (Tensor, dict)) for entry in value.values())
+    return isinstance(value, dict) and any(isinstance(entry, (Tensor, dict)) for entry in dict.values(value))
 
 
 def _without_wrapper_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,7 +293,7 @@ def _options_json(options: Mapping[str, object]) -> str:
         except (TypeError, ValueError, RecursionError):
             representable = False
         if not representable:
-            found = _one_line(repr(value))
+            found = one_line(repr(value))
             raise TypeError(f"save_masks: option {name!r} must be what JSON can represent; got {found}")
     return json.dumps(dict(options))
 
@@ -274,7 +315,7 @@ def _write_atomically(function: str, path: Path, write: Callable[[Path], None]) 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise CheckpointError(f"{function}: cannot write {path} ({reason}); what was there is untouched") from error
     finally:
         with contextlib.suppress(OSError):
@@ -287,12 +328,3 @@ def _import_safetensors(function: str):
     except ImportError as error:
         raise ImportError(f"{function}: .safetensors files need safetensors: pip install safetensors") from error
     return safetensors
-
-
-def _one_line(reason: Exception | str) -> str:
-    """Reason in one printable line of bounded length: it may quote a hostile file."""
-    text = " ".join(str(reason).partition("Check the documentation")[0].split())
-    if isinstance(reason, Exception):
-        text = f"{type(reason).__name__}: {text}" if text else type(reason).__name__
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= 200 else f"{text[:200]}…"

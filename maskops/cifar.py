@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from maskops._text import one_line
 
 _PYTHON = {"train": ("data_batch_1", "train"), "test": ("test_batch", "test")}
 _BINARY = {"train": ("data_batch_1.bin", "train.bin"), "test": ("test_batch.bin", "test.bin")}
@@ -62,7 +64,7 @@ def _read_python(file: Path) -> tuple[np.ndarray, np.ndarray]:
         images, labels = content[b"data"].bytes(), content.get(b"labels", content.get(b"fine_labels"))
         labels = np.array([int(label) for label in labels], dtype=np.int64)
     except Exception as error:  # a hostile pickle may raise anything
-        raise ValueError(f"read_cifar: cannot read {file} ({type(error).__name__}: {error})") from None
+        raise ValueError(f"read_cifar: cannot read {file} ({one_line(error)})") from None
     if images.ndim != 2 or images.shape[1] != _PIXELS or labels.shape != images.shape[:1]:
         raise ValueError(f"read_cifar: {file} must hold (N, {_PIXELS}) bytes and N labels; got {images.shape}")
     return images, labels
@@ -112,10 +114,43 @@ _STAND_INS = {
 }
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads numbers, text, lists, dicts and stand-ins for arrays; refuses every other name before it is looked up."""
+# Python's own reader, not the one in C, which allocates what a file says: places in a memo of 2^32, bytes to come
+class _ArraysOnly(pickle._Unpickler):
+    """Reads numbers, text, lists, dicts and stand-ins for arrays; refuses every other name before it is looked up.
+
+    Keys are text: a tuple of tuples as a key can take hours to hash, or overflow the stack.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
         return _STAND_INS[module, name]
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        pickle._Unpickler.load_setitem(self)
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])
+        pickle._Unpickler.load_setitems(self)
+
+    def _build(self) -> None:
+        if type(self.stack[-2]) not in (_Array, _Dtype):  # and not a stand-in itself, which would stay changed
+            raise pickle.UnpicklingError("a state is given to what is no array")
+        pickle._Unpickler.load_build(self)
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds what arrays don't need")
+
+    dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.SETITEM[0]] = _set_item
+    dispatch[pickle.SETITEMS[0]] = _set_items
+    for _code in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        dispatch[_code[0]] = _refuse
+
+
+def _check_keys(keys: list[Any]) -> None:
+    if not all(isinstance(key, (str, bytes)) for key in keys):
+        raise pickle.UnpicklingError("a key is no text")

@@ -6,11 +6,11 @@ and std belongs to the model.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from maskops._text import one_line, printable, readable
 from maskops.cifar import is_cifar, read_cifar
+from maskops.npz import read_npz
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
-NPZ_PAIRS = {
-    "images": ("images", "labels"),
-    "x": ("x", "y"),
-    "test": ("x_test", "y_test"),
-    "train": ("x_train", "y_train"),
-}
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""What an image may be, whatever its name says: Pillow would start other programs for some other formats."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -78,12 +78,17 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
     if size is not None and size < 1:
         raise ValueError(f"load_images: size must be at least 1; got {size}")
     file, part = re.fullmatch(r"(.*?)(?::(\w+))?", os.fspath(path), re.DOTALL).groups()
-    arrays = file.endswith(".npz") or is_cifar(Path(file))
+    with readable(Path(file)):
+        arrays = file.endswith(".npz") or is_cifar(Path(file))
     if not arrays:
         return _load_folder(Path(path), size)
     if size is not None:
         raise ValueError(f"load_images: size is for folders of images; got size={size} and {path}")
-    return _load_npz(Path(file), part) if file.endswith(".npz") else _load_cifar(Path(file), part)
+    return (
+        _checked(f"load_images: {file}", *read_npz(Path(file), part))
+        if file.endswith(".npz")
+        else _load_cifar(Path(file), part)
+    )
 
 
 def split(images: Tensor, labels: Tensor, n: int, generator: Generator) -> tuple[Pair, Pair]:
@@ -169,9 +174,14 @@ def _checked(function: str, images: Tensor | np.ndarray, labels: Tensor | np.nda
 
 def _tensor(function: str, array: Tensor | np.ndarray) -> Tensor:
     if isinstance(array, Tensor):
+        if array.layout is not torch.strided or array.is_quantized or array.is_nested or array.is_meta:
+            kind = "nested" if array.is_nested else "meta" if array.is_meta else array.dtype
+            found = kind if array.layout is torch.strided else array.layout
+            raise TypeError(f"{function}: tensors must be dense numbers; got {found}")
         return array.detach()
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{function}: arrays must hold numbers; got {array.dtype}")
+    # torch has no longer numbers than of 8 bytes
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise TypeError(f"{function}: arrays must hold numbers; got {one_line(str(array.dtype))}")
     # torch takes no read-only, flipped or byte-swapped array; all others are shared, not copied
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
 
@@ -181,7 +191,7 @@ def _checked_pixels(function: str, images: Tensor) -> Tensor:
         if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
             images = images.permute(0, 3, 1, 2)
         return images.float().div_(255)
-    if not images.is_floating_point():
+    if images.dtype not in _DTYPES:
         raise TypeError(f"{function}: images must be uint8 or floating point; got {images.dtype}")
     low, high = (bound.item() for bound in images.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -245,33 +255,6 @@ def _pixels(image) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def _load_npz(path: Path, wanted: str | None) -> Pair:
-    with _readable(path):
-        archive = np.load(path, allow_pickle=False)
-    if isinstance(archive, np.ndarray):
-        raise ValueError(f"load_images: {path} must hold named arrays; it holds one array, as np.save writes it")
-    with archive:
-        names = _npz_names(path, archive.files, wanted)
-        with _readable(path):
-            images, labels = (archive[name] for name in names)
-    return _checked(f"load_images: {path}", images, labels)
-
-
-def _npz_names(path: Path, files: Sequence[str], wanted: str | None) -> tuple[str, str]:
-    found = [choice for choice, pair in NPZ_PAIRS.items() if set(pair) <= set(files)]
-    if wanted in found:
-        return NPZ_PAIRS[wanted]
-    choices = " or ".join(f"{path}:{choice}" for choice in found)
-    if wanted is not None:
-        raise ValueError(f"load_images: {path} holds no {wanted!r}; choose {choices or 'another file'}")
-    if len(found) > 1:
-        raise ValueError(f"load_images: {path} holds several sets of images; choose {choices}")
-    if not found:
-        expected = " or ".join("/".join(pair) for pair in NPZ_PAIRS.values())
-        raise ValueError(f"load_images: {path} must hold {expected}; it holds {', '.join(files) or 'nothing'}")
-    return NPZ_PAIRS[found[0]]
-
-
 def _load_cifar(folder: Path, part: str | None) -> Pair:
     if part not in ("train", "test"):
         found = "holds several sets of images" if part is None else f"holds no {part!r}"
@@ -282,10 +265,12 @@ def _load_cifar(folder: Path, part: str | None) -> Pair:
 def _load_folder(folder: Path, size: int | None) -> Pair:
     if not folder.is_dir():
         raise ValueError(f"load_images: expected a .npz file or a folder of class folders; got {folder}")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    with readable(folder):
+        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files, labels = [], []
     for label, entry in enumerate(classes):
-        of_class = sorted(file for file in entry.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        with readable(entry):
+            of_class = sorted(file for file in entry.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         files += of_class
         labels += [label] * len(of_class)
     if not files:
@@ -293,7 +278,8 @@ def _load_folder(folder: Path, size: int | None) -> Pair:
     images = [_read_image(file, size) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape[1:] != images[0].shape[1:]:
-            found = f"{files[0]} is {tuple(images[0].shape[1:])}, {file} is {tuple(image.shape[1:])}"
+            names = printable(str(files[0])), printable(str(file))
+            found = f"{names[0]} is {tuple(images[0].shape[1:])}, {names[1]} is {tuple(image.shape[1:])}"
             raise ValueError(f"load_images: images must have one size, or give size=; {found}")
     channels = max(len(image) for image in images)  # a grey image among coloured ones becomes RGB
     stacked = torch.stack([image.expand(channels, -1, -1) for image in images])
@@ -305,20 +291,15 @@ def _read_image(file: Path, size: int | None) -> Tensor:
         from PIL import Image
     except ImportError as error:
         raise ImportError("load_images: folders of images need Pillow: pip install pillow") from error
-    with _readable(file), Image.open(file) as image:
-        image.load()
-    image = _grey_or_rgb(f"load_images: {file}", image)
+    with readable(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what a file has beside its pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if not file.is_file():
+            raise OSError("it is no file")
+        with Image.open(file, formats=_FORMATS) as image:
+            image.load()
+    image = _grey_or_rgb(f"load_images: {printable(str(file))}", image)
     return _pixels(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Whatever a reader raises on a missing, truncated or foreign file, as one line that names the file."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"load_images: cannot read {path} ({reason})") from error
 
 
 def _centre_crop(images: Tensor, size: int) -> Tensor:

@@ -18,11 +18,14 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ROOMS = (
-    *("_state", "backends", "_dispatch", "_ops", "functional", "nn"),
+    *("_state", "_text", "backends", "_dispatch", "_ops", "functional", "nn"),
     *("lower", "purify", "report", "demo", "cli", "__main__"),
 )
 """From the bottom to the top; a room imports from those below it."""
-LOWER = ("augment", "cifar", "data", "checkpoint", "convert", "optim", "lean", "arena", "backdoor", "models")
+LOWER = (
+    *("augment", "_scan", "cifar", "npz", "data", "checkpoint"),
+    *("convert", "optim", "lean", "arena", "backdoor", "models"),
+)
 """The rooms side by side under purify."""
 OPTIONAL = ("safetensors", "tqdm", "triton", "matplotlib", "sklearn", "PIL", "transformers", "torchvision", "timm")
 

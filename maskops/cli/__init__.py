@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from maskops._text import printable
 from maskops._version import __version__
 from maskops.cli import demo, info, plan, purify
 
@@ -18,7 +19,7 @@ _COMMANDS = {"purify": purify, "plan": plan, "info": info, "demo": demo}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {_one_line(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -53,9 +54,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(prog: str, message: str, code: int) -> int:
-    print(f"{prog}: {_one_line(message)}", file=sys.stderr)
+    print(f"{prog}: {printable(message)}", file=sys.stderr)
     return code
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

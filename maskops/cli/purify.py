@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -102,10 +103,16 @@ def run(arguments: argparse.Namespace) -> None:
 
         if method.resumes:
             changes |= {"checkpoint": unfinished, "resume": resume}
-        if arguments.overwrite:
-            unfinished.unlink(missing_ok=True)
+        replaced = folder / _UNFINISHED
+        if arguments.overwrite and unfinished.exists():
+            os.replace(unfinished, replaced)
         try:
             result = method.run(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
+            replaced.unlink(missing_ok=True)
+        except (ValueError, TypeError):  # of an input, before the first step
+            if replaced.exists() and not unfinished.exists():
+                os.replace(replaced, unfinished)
+            raise
         except KeyboardInterrupt:
             left = f"--resume goes on from {unfinished}" if unfinished.exists() else "nothing was written"
             raise KeyboardInterrupt(left) from None

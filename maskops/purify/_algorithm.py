@@ -41,6 +41,7 @@ class Algorithm:
         chosen, setting = settle(self.method, self.presets, preset, options)
         self.on_epoch = on_epoch
         self.prepare(model, clean_data, chosen, setting)
+        self.run.beside = lambda: {f"the {name}": value for name, value in self.tensors().items()}
 
     def prepare(self, model: nn.Module, clean_data: Any, options: Any, setting: MaskSetting) -> None:
         """Make the run, the optimisers and all else that the steps work on."""

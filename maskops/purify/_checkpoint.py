@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from maskops._text import one_line
 from maskops.checkpoint import CheckpointError, load_run, save_run
+from maskops.purify._finite import is_finite
 from maskops.purify._loop import plain_options
 from maskops.purify._masks import MaskRun
 from maskops.purify._phase import Phase
@@ -79,13 +84,18 @@ class Checkpoint:
             yield phase
             if time.monotonic() - self._written >= self._wait:
                 self._save(number)
+        if number < done:
+            raise self._no_checkpoint(f"phase {done} of {number}")
         if self._notes["phases"] < number:
             self._save(number)
 
     def _save(self, phases: int) -> None:
         start = time.monotonic()
         algorithm, run = self._algorithm, self._algorithm.run
-        tensors = {**_live(algorithm), **_optimizer_states(algorithm), **_generator_states(algorithm)}
+        live = _live(algorithm)
+        if _broken(live) is not None:
+            return  # the run is about to end, and the state in the file is the last good one
+        tensors = {**live, **_optimizer_states(algorithm), **_generator_states(algorithm)}
         self._notes = {
             **self._about,
             "phases": phases,
@@ -94,13 +104,24 @@ class Checkpoint:
             "seconds": run.seconds(),
         }
         save_run(self._path, tensors, self._notes)
+        self._told()
         self._written = time.monotonic()
         self._wait = _PAUSE * (self._written - start)
+
+    def _told(self) -> None:
+        """Let errors of the run say where its last state is."""
+        phases = self._notes["phases"]
+        state = f"the state after phase {phases}" if phases else "the state at the beginning"
+        self._algorithm.run.saved = f"; checkpoint {self._path} has {state}"
+
+    def _no_checkpoint(self, found: str) -> CheckpointError:
+        method = self._algorithm.method
+        return CheckpointError(f"{method}: {self._path} is no checkpoint of this run ({found}); nothing was changed")
 
     def _check(self) -> None:
         method, notes = self._algorithm.method, self._notes
         kinds = {name: type(notes.get(name)) for name in _NOTES}
-        if kinds != _NOTES:
+        if kinds != _NOTES or not _plausible(notes):
             raise CheckpointError(f"{method}: {self._path} is no checkpoint of a run; nothing was changed")
         for what, title in (("method", "method"), ("model", "model"), ("images", "clean images")):
             if notes.get(what) != self._about[what]:
@@ -114,6 +135,19 @@ class Checkpoint:
         expected = {name: (value.shape, value.dtype) for name, value in needed.items()}
         if expected != {name: (value.shape, value.dtype) for name, value in self._tensors.items() if name in needed}:
             raise CheckpointError(f"{method}: {self._path} lacks tensors of the run; nothing was changed")
+        broken = _broken(self._tensors)
+        if broken is not None:
+            raise self._no_checkpoint(f"{broken} has values that are nan or infinite")
+        for name, value in self._tensors.items():
+            if name not in needed and not _belongs(self._algorithm, name, value):
+                raise self._no_checkpoint(f"{one_line(name)} {tuple(value.shape)} is none of its tensors")
+        try:
+            replace(self._algorithm.options, **notes["now"])
+            for name, generator in self._algorithm.run.generators().items():
+                generator.clone_state().set_state(self._tensors[f"generator.{name}"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._no_checkpoint(one_line(error)) from None
+        self._told()
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -158,6 +192,36 @@ def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _live(algorithm: Resumable) -> dict[str, Tensor]:
     """What steps change in place, but for the optimisers' states, which aren't there before the first step."""
     return {f"run.{name}": value.detach() for name, value in {**algorithm.run.tensors(), **algorithm.tensors()}.items()}
+
+
+def _broken(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor with NaN or an infinity in it; -inf may be in a model's buffer."""
+    return next((name for name, value in tensors.items() if not is_finite(value, name.startswith("run.buffer"))), None)
+
+
+def _plausible(notes: Mapping[str, Any]) -> bool:
+    """Whether the numbers in a checkpoint's notes are such."""
+    history = list(notes["history"].values())
+    numbers = [*notes["seconds"].values(), *chain.from_iterable(filter(_is_list, history))]
+    whole = notes["phases"] >= 0 and "total" in notes["seconds"] and all(map(_is_list, history))
+    return whole and all(type(number) in (int, float) and abs(number) < math.inf for number in numbers)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _belongs(algorithm: Resumable, name: str, value: Tensor) -> bool:
+    """Whether a tensor is part of the state of one of the algorithm's optimisers."""
+    found = re.fullmatch(r"optimizer\.(\d{1,9})\.(\d{1,9})\..+", name)
+    if found is None or int(found[1]) >= len(algorithm.optimizers):
+        return False
+    parameters = _parameters(algorithm.optimizers[int(found[1])])
+    if int(found[2]) >= len(parameters):
+        return False
+    # of one layer, or in eight bits, there are fewer numbers in a row
+    parameter = parameters[int(found[2])]
+    return value.shape == parameter.shape or (value.dim() <= 1 and value.numel() <= max(parameter.numel(), 1))
 
 
 def _optimizer_states(algorithm: Resumable) -> dict[str, Tensor]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from maskops._state import eval_mode, seeded_layers
+from maskops._text import one_line
 from maskops.augment.basic import crop_at, draw_corners, draw_mirrored, flip_where
 from maskops.data import as_tensors
+from maskops.purify import _finite
 from maskops.purify._draws import Batch, Drawn, Mix, stacked
 from maskops.purify._fake import has_data, on_host
 from maskops.purify._images import CleanImages
@@ -30,7 +32,7 @@ OnEpoch = Callable[[int, nn.Module], None]
 
 
 class NonFiniteError(RuntimeError):
-    """A loss was NaN or infinite; the message says in which phase. The user's model is as it was."""
+    """A loss was NaN or infinite; the message says in which phase and where it began. The user's model is as it was."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Run:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{method}: a purification needs gradients, which torch.inference_mode() forbids")
         self.method, self.setting, self.original = method, setting, model
+        _finite.check_model(method, model)
         self.device = self._find_device(model)
         parameter_dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         self.low_dtype = setting.dtype if setting.dtype != parameter_dtype else None
@@ -102,6 +105,10 @@ class Run:
         self._seconds: dict[str, float] = {}
         self._epoch = 0
         self._start = time.perf_counter()
+        self.beside: Callable[[], dict[str, Tensor]] = dict
+        """What the algorithm changes in place, beside the run's own tensors, by names for people."""
+        self.saved = ""
+        """Where the last good state is, for errors."""
         self.replaying = False
         """Whether epochs go by that another process has run: nothing is reported of these."""
         if self.device.type == "cuda" and not within:
@@ -119,12 +126,18 @@ class Run:
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Within, TypeErrors and ValueErrors begin with the method's name."""
+        """Within, TypeErrors and ValueErrors begin with the method's name, and torch's complaints become such."""
         try:
             yield
         except (TypeError, ValueError) as error:
             named = str(error) if str(error).startswith(self.method) else f"{self.method}: {error}"
             raise type(error)(named) from error
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # no memory is left, or a device failed
+                raise
+            images = tuple(self.images.shape[1:])
+            reason = f"{self.method}: the model can't compute on images {images}: {one_line(str(error))}"
+            raise ValueError(reason) from error
 
     def _per_channel(self, value: Sequence[float] | None) -> Tensor | None:
         if value is None:
@@ -299,10 +312,13 @@ class Run:
         for what, values in numbers.items():
             mean = float(values.mean())
             if not math.isfinite(mean):
-                where = f"in the {name} phase of epoch {self._epoch + 1}"
-                raise NonFiniteError(f"{self.method}: the {what} became {mean} {where}; the model is left as it was")
+                where = f"in the {name} phase of epoch {self._epoch + 1}{_finite.origin(self, name)}"
+                raise self.failed(f"the {what} became {mean} {where}")
             self.history.setdefault(what, []).append(mean)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def failed(self, what: str) -> NonFiniteError:
+        return NonFiniteError(f"{self.method}: {what}; the model is left as it was{self.saved}")
 
     def note(self, what: str, value: Tensor) -> None:
         """Keep a number of a step that isn't a :class:`Phase`'s, without waiting for it."""

@@ -21,7 +21,7 @@ from maskops.nn import MASKED, NORMS
 from maskops.optim import MaskAdam
 from maskops.purify._depth import depths
 from maskops.purify._draws import Batch
-from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 from maskops.purify._working import WorkingModel, shared_copy
@@ -301,7 +301,7 @@ class MaskRun(Run):
         """
         for what, value in (("mask", self.arena.mask), *(("bias", bias) for bias in self.biases.values())):
             if not bool(torch.isfinite(value).all()):
-                raise NonFiniteError(f"{self.method}: a {what} became nan or infinite; the model is left as it was")
+                raise self.failed(f"a {what} became nan or infinite")
         learned = self._apply(self.arena.masks)
         if pruned is not None:
             results["scores"] = learned

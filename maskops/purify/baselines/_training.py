@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskops._state import eval_mode
-from maskops.purify._loop import NonFiniteError, Purification, Run
+from maskops.purify._loop import Purification, Run
 from maskops.purify._options import number
 from maskops.purify._working import PixelModel
 
@@ -116,5 +116,5 @@ def measure_statistics(model: PixelModel, images: Tensor, batch_size: int) -> No
 def finish(run: Run, options: Any, model: PixelModel, **results: Any) -> Purification:
     """The result of a run that changed a model's weights, once they are known to be numbers."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise NonFiniteError(f"{run.method}: a weight became nan or infinite; the model is left as it was")
+        raise run.failed("a weight became nan or infinite")
     return run.finish(options, model.network, **results)
