@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.lean import lean_autograd
 from maskops.nn import MASKED, NORMS
 from maskops.purify._depth import depths
+from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
 from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
 from maskops.purify._phase import Phase
@@ -54,7 +56,8 @@ class MaskRun(Run):
         biases: str | None = None,
         within: bool = False,
     ) -> None:
-        super().__init__(method, model, clean_data, setting, within=within)
+        team = ALONE if within else team_of(method)
+        super().__init__(method, model, clean_data, setting, within=within, team=team)
         with self.named_errors(), self.seeded_layers():
             self._masked = shared_copy(model).to(self.device)
             network = shared_copy(self._masked)
@@ -123,6 +126,19 @@ class MaskRun(Run):
         with lean_autograd(relu_bits=not self._learning):
             return self.model(images, trigger)
 
+    def cross_entropy(self, images: Tensor, *labels: Tensor, trigger: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The mean cross entropy of a batch's logits with each of the labels: what this process's rows add to it."""
+        part = self.team.part(len(images))
+        with self.team.whole_batch(part):
+            logits = self.logits(part.of(images), trigger)
+        return tuple(part.scaled(F.cross_entropy(logits, part.of(each))) for each in labels)
+
+    def add_gradients(self, *arenas: MaskArena) -> None:
+        """Sum the gradients in these arenas, and of tuned biases, over the processes."""
+        for arena in arenas:
+            self.team.add(arena.grad)
+        self.team.add(*(bias.grad for bias in self.biases.values() if bias.grad is not None))
+
     def predictions(self, into: Tensor, batch_size: int) -> Phase:
         """A phase that writes the class that the working model gives each clean image, (N,)."""
         count = len(self.images)
@@ -132,10 +148,14 @@ class MaskRun(Run):
 
         @torch.no_grad()
         def predict(batch: Batch) -> dict[str, Tensor]:
-            into.index_copy_(0, batch.index, self.logits(self.images.at(batch.index)).argmax(1))
+            part = self.team.part(size)
+            own = part.of(batch.index)
+            with self.team.whole_batch(part):
+                into.index_copy_(0, own, self.logits(self.images.at(own)).argmax(1))
             return {}
 
-        return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager)
+        how = {"before": into.zero_, "after": partial(self.team.most, into)} if self.team.size > 1 else {}
+        return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager, **how)
 
     def new_trigger(self) -> Tensor:
         return torch.zeros_like(self.images[:1]).requires_grad_()
@@ -167,7 +187,8 @@ class MaskRun(Run):
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
         with self.perturbed(learn_biases=True):
-            F.cross_entropy(self.logits(images), labels).backward()
+            self.cross_entropy(images, labels)[0].backward()
+        self.add_gradients(*self._noisy())
         for arena in self._noisy():
             arena.ascend_noise(step_size, bound)
 
@@ -203,6 +224,8 @@ class MaskRun(Run):
     def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
         """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.
 
+        Gradients are those of the rows of all processes, cross entropies what this one's add.
+
         branches:  (factor, images, labels) each
         together:  run them as one batch, which takes fewer, larger launches and twice the activations; not done where a
                    batch norm computes with the statistics of its batch
@@ -210,11 +233,9 @@ class MaskRun(Run):
         returns:   the cross entropies, detached
         """
         if together and not self._mixes_batches:
-            factors, images, labels = zip(*branches, strict=True)
-            of_each_image = F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels), reduction="none")
-            sizes = tuple(map(len, images))
-            of_each_image.backward(self._shares(factors, sizes))
-            return [part.mean() for part in of_each_image.detach().split(sizes)]
+            losses = self._descend_together(branches)
+            self.add_gradients(self.arena)
+            return losses
         losses = [self._descend(*branch) for branch in branches]
         if perturbed is not None:
             with self.perturbed():
@@ -223,7 +244,21 @@ class MaskRun(Run):
                 self._shifts is not None
             ):  # in the step itself, so that replays do it too; the mask step does the weights
                 self._shifts.refresh()
+        self.add_gradients(self.arena)
         return losses
+
+    def _descend_together(self, branches: Sequence[Branch]) -> list[Tensor]:
+        parts = [self.team.part(len(images)) for _, images, _ in branches]
+        own = [
+            (factor * p.share, p.of(images), p.of(labels))
+            for p, (factor, images, labels) in zip(parts, branches, strict=True)
+        ]
+        factors, images, labels = zip(*own, strict=True)
+        of_each_image = F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels), reduction="none")
+        sizes = tuple(map(len, images))
+        of_each_image.backward(self._shares(factors, sizes))
+        of_branches = of_each_image.detach().split(sizes)
+        return [part.scaled(each.mean()) for part, each in zip(parts, of_branches, strict=True)]
 
     def _shares(self, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
         """What each image's cross entropy counts in ``sum(factor * mean over the branch)``."""
@@ -233,7 +268,7 @@ class MaskRun(Run):
         return self._shares_of[factors, sizes]
 
     def _descend(self, factor: float, images: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(self.logits(images), labels)
+        (loss,) = self.cross_entropy(images, labels)
         (factor * loss).backward()
         return loss.detach()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maskops.purify import _graphs
+from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch, Drawn, batch_at
 
 WARM_UP = 3
@@ -16,11 +17,13 @@ WARM_UP = 3
 
 
 class Lane:
-    """What the phases of one run share on a GPU: a stream, so that several runs overlap, and memory for graphs."""
+    """What the phases of one run share: its processes, and on a GPU a stream, so that several runs overlap, and memory
+    for graphs.
+    """
 
-    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = (), team: Team = ALONE) -> None:
         on_gpu = device.type == "cuda"
-        self.device = device
+        self.device, self.team = device, team
         self.generators = [generator for generator in generators if generator.device.type == device.type]
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -152,6 +155,8 @@ class Phase:
         with self._lane.stream():
             if self._after is not None:
                 self._after()
+            if self._records is not None:  # each process has noted what its rows add
+                self._lane.team.add(self._records)
         self._lane.join()
         if self._records is None:
             return {}
