@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from maskops.purify import _checkpoint, _distributed, sweep
 from maskops.purify.methods import METHODS
 
 AUGMENTED = {"crop": 1, "flip": True}
@@ -35,6 +39,9 @@ CASES = {
     "nft adversarial": ("nft", "plain", {**STEPS, "augmentation": "adversarial", "crop": 0}),
 }
 """Name -> method, network and options; batches of 7 unless these say otherwise."""
+
+MORE = {"nft with dropout": ("nft", "dropout", STEPS)}
+"""Cases that several processes don't compute as one does."""
 
 
 class Functional(nn.Module):
@@ -80,7 +87,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 def purify(name: str, **more: Any) -> dict[str, Any]:
     """What came out of a case, as tensors and lists."""
-    method, kind, options = CASES[name]
+    method, kind, options = {**CASES, **MORE}[name]
     result = METHODS[method].run(network(kind), images(), progress=False, **{"batch_size": 7, **options, **more})
     tensors = {**result.model.state_dict(), **{f"mask {key}": mask for key, mask in result.masks.items()}}
     tensors |= {f"score {key}": score for key, score in (result.scores or {}).items()}
@@ -93,7 +100,7 @@ def begin(folder: Path, size: int, task: Callable[..., Any], *arguments: Any) ->
     """Start processes that form a group and call ``task(rank, *arguments)``."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers_distributed"])
+    context.set_forkserver_preload(["helpers_distributed", "torch._dynamo"])
     processes = [context.Process(target=_take_part, args=(rank, size, folder, task, arguments)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -116,6 +123,7 @@ def together(folder: Path, size: int, task: Callable[..., Any], *arguments: Any)
 
 def _take_part(rank: int, size: int, folder: Path, task: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
+    _checkpoint._PAUSE = 0
     where = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": size}
     dist.init_process_group("gloo", timeout=timedelta(seconds=30), **where)
     try:
@@ -128,3 +136,45 @@ def _take_part(rank: int, size: int, folder: Path, task: Callable[..., Any], arg
 
 def all_cases(rank: int) -> dict[str, Any]:
     return {name: purify(name) for name in CASES}
+
+
+def one_case(rank: int, name: str, of_rank: dict[int, dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
+    """A case, with options that only some processes have."""
+    return purify(name, **more, **(of_rank or {}).get(rank, {}))
+
+
+def other_images(rank: int, name: str) -> None:
+    method, kind, options = CASES[name]
+    pixels, labels = images()
+    METHODS[method].run(network(kind), (pixels, labels.roll(rank)), progress=False, **options)
+
+
+def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
+    """A run that every process stops after so many epochs."""
+
+    def stop(epoch: int, model: nn.Module) -> None:
+        if epoch + 1 == epochs:
+            raise KeyboardInterrupt
+
+    try:
+        purify(name, checkpoint=checkpoint, on_epoch=stop)
+    except KeyboardInterrupt:
+        return "stopped"
+    return "not stopped"
+
+
+def killed(rank: int, name: str, checkpoint: Path) -> dict[str, Any]:
+    """A run whose last process is killed in the middle of a later step."""
+    add, steps = _distributed._Processes.add, count()
+
+    def add_or_die(self: Any, *tensors: torch.Tensor) -> None:
+        if rank == 1 and next(steps) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, *tensors)
+
+    _distributed._Processes.add = add_or_die
+    return purify(name, checkpoint=checkpoint)
+
+
+def swept(rank: int) -> None:
+    sweep("awm", network(), images(), [{"seed": 0}], progress=False)

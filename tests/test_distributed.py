@@ -2,7 +2,34 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers_distributed import CASES, all_cases, purify, together
+from helpers_distributed import (
+    CASES,
+    all_cases,
+    begin,
+    killed,
+    one_case,
+    other_images,
+    outcomes,
+    purify,
+    stopped,
+    swept,
+    together,
+)
+
+from maskops.checkpoint import load_run
+
+
+def assert_same(found, expected):
+    """The results of all processes are those of one, and bit for bit those of each other."""
+    for result in found:
+        assert isinstance(result, dict), result
+        assert result["history"].keys() == expected["history"].keys()
+        for what, values in expected["history"].items():
+            assert result["history"][what] == pytest.approx(values, rel=1e-9)
+        assert result["tensors"].keys() == expected["tensors"].keys()
+        for what, value in expected["tensors"].items():
+            assert torch.allclose(result["tensors"][what], value, rtol=1e-7, atol=1e-9), what
+            assert torch.equal(result["tensors"][what], found[0]["tensors"][what]), what
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +44,65 @@ def team(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_several_processes_come_to_what_one_does(alone, team, name):
-    expected = alone[name]
-    for found in team:
-        assert isinstance(found, dict), found
-        assert found[name]["history"].keys() == expected["history"].keys()
-        for what, values in expected["history"].items():
-            assert found[name]["history"][what] == pytest.approx(values, rel=1e-9)
-        assert found[name]["tensors"].keys() == expected["tensors"].keys()
-        for what, value in expected["tensors"].items():
-            assert torch.allclose(found[name]["tensors"][what], value, rtol=1e-7, atol=1e-9), what
-            assert torch.equal(found[name]["tensors"][what], team[0][name]["tensors"][what]), what
+    assert_same([found[name] for found in team], alone[name])
+
+
+def test_layers_that_draw_do_so_in_each_process_for_itself(tmp_path):
+    found = together(tmp_path / "team", 2, one_case, "nft with dropout")
+    assert_same(found, found[0])
+    assert found[0]["history"]["loss"] != purify("nft with dropout")["history"]["loss"]
+
+
+def test_processes_with_other_options_are_refused(tmp_path):
+    found = together(tmp_path / "team", 2, one_case, "swm", {0: {"epsilon": 0.1}, 1: {"epsilon": 0.2}})
+    assert found == [("ValueError", "swm: processes 0 and 1 have other options: epsilon 0.1 and 0.2")] * 2
+
+
+def test_processes_with_other_images_are_refused(tmp_path):
+    found = together(tmp_path / "team", 2, other_images, "swm")
+    assert found == [("ValueError", "swm: processes 0 and 1 have other images")] * 2
+
+
+def test_an_error_before_the_first_step_ends_all_processes(tmp_path):
+    found = together(tmp_path / "team", 2, one_case, "swm", {1: {"lr": -1.0}})
+    message = "swm: lr must be a number of at least 0; got -1.0"
+    assert found == [("ValueError", f"{message} (in process 1)"), ("ValueError", message)]
+
+
+def test_a_sweep_in_several_processes_is_refused(tmp_path):
+    message = "sweep: the runs of a sweep aren't spread over processes: sweep outside of a process group"
+    assert together(tmp_path / "team", 2, swept) == [("ValueError", message)] * 2
+
+
+def test_processes_that_were_stopped_go_on(tmp_path):
+    file = tmp_path / "run.safetensors"
+    assert together(tmp_path / "first", 2, stopped, "awm", file, 1) == ["stopped"] * 2
+    assert load_run(file)[1]["phases"] == 2
+    refused = f"awm: {file} exists: give resume=True to go on from it, or another checkpoint="
+    found = together(tmp_path / "again", 2, one_case, "awm", {rank: {"checkpoint": file} for rank in (0, 1)})
+    assert found == [("ValueError", refused)] * 2
+    assert_same(outcomes_of_resumed(tmp_path, "awm", file), purify("awm"))
+
+
+def outcomes_of_resumed(folder, name, file):
+    both = {rank: {"checkpoint": file, "resume": True} for rank in (0, 1)}
+    return together(folder / "resumed", 2, one_case, name, both)
+
+
+def test_a_checkpoint_that_cant_be_written_ends_all_processes(tmp_path):
+    file = tmp_path / "none" / "run.safetensors"
+    found = together(tmp_path / "team", 2, one_case, "swm", {rank: {"checkpoint": file} for rank in (0, 1)})
+    assert [kind for kind, _ in found] == ["CheckpointError"] * 2
+    assert "cannot write" in found[0][1] and found[1][1] == f"{found[0][1]} (in process 0)"
+
+
+def test_a_process_that_is_killed_ends_the_others_which_go_on_to_the_same_result(tmp_path):
+    file = tmp_path / "run.safetensors"
+    processes = begin(tmp_path / "team", 2, killed, "anp", file)
+    survivor, gone = outcomes(tmp_path / "team", processes)
+    assert gone is None and processes[1].exitcode == -9
+    kind, message = survivor
+    assert kind == "ProcessError" and "\n" not in message
+    assert message.startswith("anp: another process of the run is gone (")
+    assert message.endswith("); a checkpoint goes on from its last phase")
+    assert_same(outcomes_of_resumed(tmp_path, "anp", file), purify("anp"))
