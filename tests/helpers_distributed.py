@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from maskops.cli import main
 from maskops.purify import _checkpoint, _distributed, sweep
 from maskops.purify.methods import METHODS
 
@@ -178,3 +181,11 @@ def killed(rank: int, name: str, checkpoint: Path) -> dict[str, Any]:
 
 def swept(rank: int) -> None:
     sweep("awm", network(), images(), [{"seed": 0}], progress=False)
+
+
+def command_line(rank: int, *arguments: str) -> tuple[int, str]:
+    """A command line's exit code, and what it prints."""
+    os.environ["RANK"] = str(rank)
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        return main(arguments), printed.getvalue()

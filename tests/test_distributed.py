@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers_distributed import (
     CASES,
     all_cases,
     begin,
+    command_line,
     killed,
     one_case,
     other_images,
@@ -16,7 +18,9 @@ from helpers_distributed import (
     together,
 )
 
-from maskops.checkpoint import load_run
+from maskops import demo
+from maskops.checkpoint import load_masks, load_run
+from maskops.cli import main
 
 
 def assert_same(found, expected):
@@ -106,3 +110,43 @@ def test_a_process_that_is_killed_ends_the_others_which_go_on_to_the_same_result
     assert message.startswith("anp: another process of the run is gone (")
     assert message.endswith("); a checkpoint goes on from its last phase")
     assert_same(outcomes_of_resumed(tmp_path, "anp", file), purify("anp"))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The options that say which model and images a command line works on."""
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    torch.save(demo.network().state_dict(), folder / "model.pth")
+    (images, labels), (others, answers) = demo.digits()
+    np.savez(folder / "digits.npz", x_train=images, y_train=labels, x_test=others[:50], y_test=answers[:50])
+    data = {"clean": f"{folder / 'digits.npz'}:train", "eval": f"{folder / 'digits.npz'}:test", "n": 30}
+    options = {"arch": "maskops.demo:network", "checkpoint": folder / "model.pth", **data}
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+QUICK = ["--epochs", "1", "--inner-steps", "2", "--outer-steps", "2", "--device", "cpu"]
+
+
+def test_the_first_process_alone_prints_and_writes(tmp_path, digits):
+    line = ["purify", *digits, *QUICK, "--out"]
+    assert main([*line, str(tmp_path / "alone"), "--no-progress"]) == 0
+    (code, printed), other = together(tmp_path / "team", 2, command_line, *line, str(tmp_path / "out"))
+    assert code == 0 and "written to" in printed and "awm: 100%" in printed
+    assert other == (0, "")
+    expected, found = (load_masks(tmp_path / folder / "masks.safetensors")[0] for folder in ("alone", "out"))
+    assert all(torch.allclose(found[name], mask, atol=1e-5) for name, mask in expected.items())
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
+        file.name for file in (tmp_path / "alone").iterdir()
+    )
+
+
+def test_the_first_process_alone_says_what_is_wrong(tmp_path, digits):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    line = ["purify", *digits, *QUICK, "--out", str(tmp_path / "out")]
+    full = f"maskops purify: --out {tmp_path / 'out'} is not empty; name another folder, or give --overwrite\n"
+    assert together(tmp_path / "full", 2, command_line, *line) == [(2, full), (2, "")]
+    line = ["purify", *digits, "--method", "ft", "--device", "cpu", "--out", str(tmp_path / "other")]
+    refused = "maskops purify: ft can't be split over processes: start it without torchrun\n"
+    assert together(tmp_path / "ft", 2, command_line, *line) == [(2, refused), (2, "")]

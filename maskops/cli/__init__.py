@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from maskops._version import __version__
-from maskops.cli import demo, info, purify
+from maskops.cli import demo, info, processes, purify
 
 _COMMANDS = {"purify": purify, "info": info, "demo": demo}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {_one_line(message)} (see {self.prog} --help)\n")
+        line = f"{self.prog}: {_one_line(message)} (see {self.prog} --help)\n"
+        self.exit(2, None if processes.told_elsewhere(processes.UsageError(message)) else line)
 
 
 def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -44,16 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        return _failed(arguments.prog, str(error), 2)
+        return _failed(arguments.prog, error, 2)
     except RuntimeError as error:
-        return _failed(arguments.prog, str(error), 1)
+        return _failed(arguments.prog, error, 1)
     except KeyboardInterrupt as stop:
-        return _failed(arguments.prog, f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}", 130)
+        return _failed(
+            arguments.prog, stop, 130, f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}"
+        )
     return 0
 
 
-def _failed(prog: str, message: str, code: int) -> int:
-    print(f"{prog}: {_one_line(message)}", file=sys.stderr)
+def _failed(prog: str, error: BaseException, code: int, message: str | None = None) -> int:
+    if not processes.told_elsewhere(error):
+        print(f"{prog}: {_one_line(message or str(error))}", file=sys.stderr)
     return code
 
 

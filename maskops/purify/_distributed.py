@@ -137,12 +137,12 @@ class _Processes(Team):
             own = error
         kind = next((kind for kind in _KINDS if isinstance(own, kind)), RuntimeError)
         found = self._gathered(None if own is None else (kind, str(own)))
-        if own is not None:
+        failed = next((rank for rank, error in enumerate(found) if error is not None), None)
+        if failed == self.rank:
             raise own
-        for rank, error in enumerate(found):
-            if error is not None:
-                kind, message = error
-                raise kind(f"{message} (in process {rank})")
+        if failed is not None:
+            kind, message = found[failed]
+            raise kind(f"{message} (in process {failed})") from ProcessError(f"process {failed} has failed")
 
     def _gathered(self, value: T) -> list[T]:
         """A value of each process, by rank."""
