@@ -6,10 +6,12 @@ import io
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from itertools import count
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +101,19 @@ def purify(name: str, **more: Any) -> dict[str, Any]:
     return {"tensors": tensors, "history": result.history, "execution": result.execution, "options": result.options}
 
 
-def begin(folder: Path, size: int, task: Callable[..., Any], *arguments: Any) -> list[multiprocessing.Process]:
-    """Start processes that form a group and call ``task(rank, *arguments)``."""
+def begin(folder: Path, size: int, task: Callable[..., Any], *arguments: Any, seconds: int = 30) -> list[Process]:
+    """Start processes that form a group, whose patience is given, and call ``task(rank, *arguments)``."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers_distributed", "torch._dynamo"])
-    processes = [context.Process(target=_take_part, args=(rank, size, folder, task, arguments)) for rank in range(size)]
+    how = folder, seconds, task, arguments
+    processes = [context.Process(target=_take_part, args=(rank, size, *how)) for rank in range(size)]
     for process in processes:
         process.start()
     return processes
 
 
-def outcomes(folder: Path, processes: list[multiprocessing.Process]) -> list[Any]:
+def outcomes(folder: Path, processes: list[Process]) -> list[Any]:
     """What each process returned, or the type and message of its error; None for one that left nothing."""
     for process in processes:
         process.join(60)
@@ -124,11 +127,11 @@ def together(folder: Path, size: int, task: Callable[..., Any], *arguments: Any)
     return outcomes(folder, begin(folder, size, task, *arguments))
 
 
-def _take_part(rank: int, size: int, folder: Path, task: Callable[..., Any], arguments: tuple) -> None:
+def _take_part(rank: int, size: int, folder: Path, seconds: int, task: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
     _checkpoint._PAUSE = 0
     where = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": size}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30), **where)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=seconds), **where)
     try:
         outcome = task(rank, *arguments)
     except Exception as error:
@@ -168,15 +171,30 @@ def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
 
 def killed(rank: int, name: str, checkpoint: Path) -> dict[str, Any]:
     """A run whose last process is killed in the middle of a later step."""
+    _before_a_sum(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return purify(name, checkpoint=checkpoint)
+
+
+def hanging(rank: int, name: str) -> dict[str, Any]:
+    """A run whose last process stops to do anything in the middle of a later step."""
+    _before_a_sum(rank, lambda: time.sleep(60))
+    return purify(name)
+
+
+def _before_a_sum(rank: int, what: Callable[[], None]) -> None:
     add, steps = _distributed._Processes.add, count()
 
-    def add_or_die(self: Any, *tensors: torch.Tensor) -> None:
-        if rank == 1 and next(steps) == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def after_that_add(self: Any, *tensors: torch.Tensor) -> None:
+        if rank == 1 and next(steps) == 30:
+            what()
         add(self, *tensors)
 
-    _distributed._Processes.add = add_or_die
-    return purify(name, checkpoint=checkpoint)
+    _distributed._Processes.add = after_that_add
+
+
+def with_norm(rank: int, norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    METHODS["nft"].run(model, images(), layers="conv", progress=False)
 
 
 def swept(rank: int) -> None:

@@ -8,6 +8,7 @@ from helpers_distributed import (
     all_cases,
     begin,
     command_line,
+    hanging,
     killed,
     one_case,
     other_images,
@@ -16,7 +17,9 @@ from helpers_distributed import (
     stopped,
     swept,
     together,
+    with_norm,
 )
+from torch import nn
 
 from maskops import demo
 from maskops.checkpoint import load_masks, load_run
@@ -71,6 +74,29 @@ def test_an_error_before_the_first_step_ends_all_processes(tmp_path):
     found = together(tmp_path / "team", 2, one_case, "swm", {1: {"lr": -1.0}})
     message = "swm: lr must be a number of at least 0; got -1.0"
     assert found == [("ValueError", f"{message} (in process 1)"), ("ValueError", message)]
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (nn.SyncBatchNorm(8), "1 is a SyncBatchNorm: give a plain batch norm, which becomes one by itself"),
+        (
+            nn.InstanceNorm2d(8, track_running_stats=True),
+            "several processes can't follow the running statistics of the instance norm 1",
+        ),
+    ],
+)
+def test_norms_that_cant_be_split_are_refused(tmp_path, norm, message):
+    found = together(tmp_path / "team", 2, with_norm, norm)
+    assert [kind for kind, _ in found] == ["ValueError"] * 2 and found[0][1] == f"nft: {message}"
+
+
+def test_a_process_that_hangs_ends_the_others(tmp_path):
+    processes = begin(tmp_path / "team", 2, hanging, "anp", seconds=3)
+    processes[0].join(60)
+    processes[1].kill()
+    (kind, message), _ = outcomes(tmp_path / "team", processes)
+    assert kind == "ProcessError" and message.startswith("anp: another process of the run is gone (")
 
 
 def test_a_sweep_in_several_processes_is_refused(tmp_path):

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from maskops.checkpoint import CheckpointError
 from maskops.purify._whole_norms import WholeBatchNorms
@@ -58,6 +59,9 @@ class Team:
         """This process's part of a batch of so many."""
         return Part(count)
 
+    def check(self, network: nn.Module, batch_statistics: bool, track_statistics: bool) -> None:
+        """Raise a ValueError for a network whose layers can't compute with a batch that isn't here as a whole."""
+
     def whole_batch(self, part: Part) -> AbstractContextManager[object]:
         """Within, batch norms on the statistics of their batch compute with those of the whole batch."""
         return nullcontext()
@@ -92,6 +96,13 @@ class _Processes(Team):
         start = self.rank * each + min(self.rank, more)
         own = each + (self.rank < more)
         return Part(count, slice(start, start + own), own / count) if own else Part(count, slice(0, 1), 0.0)
+
+    def check(self, network: nn.Module, batch_statistics: bool, track_statistics: bool) -> None:
+        for name, module in network.named_modules():
+            if batch_statistics and isinstance(module, nn.SyncBatchNorm):
+                raise ValueError(f"{name} is a SyncBatchNorm: give a plain batch norm, which becomes one by itself")
+            if track_statistics and isinstance(module, _InstanceNorm) and module.running_mean is not None:
+                raise ValueError(f"several processes can't follow the running statistics of the instance norm {name}")
 
     def whole_batch(self, part: Part) -> AbstractContextManager[object]:
         return WholeBatchNorms(self, part.count, part.share > 0)
