@@ -59,8 +59,8 @@ class Team:
         """This process's part of a batch of so many."""
         return Part(count)
 
-    def check(self, network: nn.Module, batch_statistics: bool, track_statistics: bool) -> None:
-        """Raise a ValueError for a network whose layers can't compute with a batch that isn't here as a whole."""
+    def check(self, network: nn.Module, device: torch.device, batch_statistics: bool, track_statistics: bool) -> None:
+        """Raise a ValueError for a device, or layers, whose work can't be spread over the processes."""
 
     def whole_batch(self, part: Part) -> AbstractContextManager[object]:
         """Within, batch norms on the statistics of their batch compute with those of the whole batch."""
@@ -97,7 +97,10 @@ class _Processes(Team):
         own = each + (self.rank < more)
         return Part(count, slice(start, start + own), own / count) if own else Part(count, slice(0, 1), 0.0)
 
-    def check(self, network: nn.Module, batch_statistics: bool, track_statistics: bool) -> None:
+    def check(self, network: nn.Module, device: torch.device, batch_statistics: bool, track_statistics: bool) -> None:
+        backends = dist.get_backend_config()
+        if device.type not in (backend.split(":")[0] for backend in backends.split(",")):
+            raise ValueError(f"the process group can't sum on {device.type}: its backend is {backends}")
         for name, module in network.named_modules():
             if batch_statistics and isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(f"{name} is a SyncBatchNorm: give a plain batch norm, which becomes one by itself")

@@ -153,6 +153,8 @@ def awm(
     errors:     ValueError and TypeError, one line, for options or data out of range; NonFiniteError when a loss is no
                 number; CheckpointError for a checkpoint that can't be read or written, ValueError for one of another
                 model, other images or options. In each case the model is as it was
+    processes:  those of torch.distributed's default group, if it is there, split every batch: all call this alike and
+                get the same result; RuntimeError when another is gone
     measured:   on the demo's digits with 100 clean images (seeds 0 to 2; ACC 98 to 99 %, asr_all 100 % before):
                 97.2 / 9, 97.4 / 13, 96.8 / 15
     source:     Eq. 4.4 and Algorithm 1, whose lines are marked in the code. Deviations: lines 7 and 12 print the signs
