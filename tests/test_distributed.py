@@ -104,19 +104,14 @@ def test_a_sweep_in_several_processes_is_refused(tmp_path):
     assert together(tmp_path / "team", 2, swept) == [("ValueError", message)] * 2
 
 
-def test_processes_that_were_stopped_go_on(tmp_path):
+def test_what_several_processes_began_one_can_end(tmp_path):
     file = tmp_path / "run.safetensors"
     assert together(tmp_path / "first", 2, stopped, "awm", file, 1) == ["stopped"] * 2
     assert load_run(file)[1]["phases"] == 2
     refused = f"awm: {file} exists: give resume=True to go on from it, or another checkpoint="
     found = together(tmp_path / "again", 2, one_case, "awm", {rank: {"checkpoint": file} for rank in (0, 1)})
     assert found == [("ValueError", refused)] * 2
-    assert_same(outcomes_of_resumed(tmp_path, "awm", file), purify("awm"))
-
-
-def outcomes_of_resumed(folder, name, file):
-    both = {rank: {"checkpoint": file, "resume": True} for rank in (0, 1)}
-    return together(folder / "resumed", 2, one_case, name, both)
+    assert_same([purify("awm", checkpoint=file, resume=True)], purify("awm"))
 
 
 def test_a_checkpoint_that_cant_be_written_ends_all_processes(tmp_path):
@@ -135,7 +130,8 @@ def test_a_process_that_is_killed_ends_the_others_which_go_on_to_the_same_result
     assert kind == "ProcessError" and "\n" not in message
     assert message.startswith("anp: another process of the run is gone (")
     assert message.endswith("); a checkpoint goes on from its last phase")
-    assert_same(outcomes_of_resumed(tmp_path, "anp", file), purify("anp"))
+    both = {rank: {"checkpoint": file, "resume": True} for rank in (0, 1)}
+    assert_same(together(tmp_path / "resumed", 2, one_case, "anp", both), purify("anp"))
 
 
 @pytest.fixture(scope="module")
