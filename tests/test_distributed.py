@@ -110,7 +110,7 @@ def test_what_several_processes_began_one_can_end(tmp_path):
     assert load_run(file)[1]["phases"] == 2
     refused = f"awm: {file} exists: give resume=True to go on from it, or another checkpoint="
     found = together(tmp_path / "again", 2, one_case, "awm", {rank: {"checkpoint": file} for rank in (0, 1)})
-    assert found == [("ValueError", refused)] * 2
+    assert found == [("ValueError", refused), ("ValueError", f"{refused} (in process 0)")]
     assert_same([purify("awm", checkpoint=file, resume=True)], purify("awm"))
 
 
