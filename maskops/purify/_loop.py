@@ -73,22 +73,17 @@ class Run:
     clean_data: what :func:`maskops.data.as_tensors` takes
     setting:    a :class:`Setting`
     within:     whether it is a part of a run that measures its memory
-    team:       the processes that compute it
     """
 
+    team: Team = ALONE
+    """The processes that compute it; to be set before all else."""
+
     def __init__(
-        self,
-        method: str,
-        model: nn.Module,
-        clean_data: Any,
-        setting: Setting,
-        *,
-        within: bool = False,
-        team: Team = ALONE,
+        self, method: str, model: nn.Module, clean_data: Any, setting: Setting, *, within: bool = False
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{method}: a purification needs gradients, which torch.inference_mode() forbids")
-        self.method, self.setting, self.original, self.team = method, setting, model, team
+        self.method, self.setting, self.original = method, setting, model
         self.device = self._find_device(model)
         parameter_dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         self.low_dtype = setting.dtype if setting.dtype != parameter_dtype else None
@@ -102,7 +97,7 @@ class Run:
         self.generator = torch.Generator(device="cpu").manual_seed(setting.seed)
         self.noise_generator = torch.Generator(device=self.device).manual_seed(setting.seed + NOISE)
         self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed + LAYERS)
-        self.lane = Lane(self.device, [self.noise_generator], team)
+        self.lane = Lane(self.device, [self.noise_generator], self.team)
         self.execution: dict[str, str] = {}
         self.history: dict[str, list[float]] = {}
         self._noted: dict[str, list[Tensor]] = {}

@@ -56,10 +56,10 @@ class MaskRun(Run):
         biases: str | None = None,
         within: bool = False,
     ) -> None:
-        team = ALONE if within else team_of(method)
-        super().__init__(method, model, clean_data, setting, within=within, team=team)
+        self.team = ALONE if within else team_of(method)
+        super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
-            team.check(model, self.device, batch_statistics, batch_statistics and track_statistics)
+            self.team.check(model, self.device, batch_statistics, batch_statistics and track_statistics)
             self._masked = shared_copy(model).to(self.device)
             network = shared_copy(self._masked)
             layers, exclude = _chosen(network, setting)
