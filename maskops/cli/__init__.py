@@ -12,14 +12,15 @@ from typing import NoReturn
 
 from maskops._text import printable
 from maskops._version import __version__
-from maskops.cli import demo, info, plan, purify
+from maskops.cli import demo, info, plan, processes, purify
 
 _COMMANDS = {"purify": purify, "plan": plan, "info": info, "demo": demo}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+        line = f"{self.prog}: {printable(message)} (see {self.prog} --help)\n"
+        self.exit(2, None if processes.told_elsewhere(processes.UsageError(message)) else line)
 
 
 def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -45,14 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        return _failed(arguments.prog, str(error), 2)
+        return _failed(arguments.prog, error, 2)
     except RuntimeError as error:
-        return _failed(arguments.prog, str(error), 1)
+        return _failed(arguments.prog, error, 1)
     except KeyboardInterrupt as stop:
-        return _failed(arguments.prog, f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}", 130)
+        return _failed(
+            arguments.prog, stop, 130, f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}"
+        )
     return 0
 
 
-def _failed(prog: str, message: str, code: int) -> int:
-    print(f"{prog}: {printable(message)}", file=sys.stderr)
+def _failed(prog: str, error: BaseException, code: int, message: str | None = None) -> int:
+    if not processes.told_elsewhere(error):
+        print(f"{prog}: {printable(message or str(error))}", file=sys.stderr)
     return code

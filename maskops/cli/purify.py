@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from maskops import models, report
 from maskops.backdoor import Metrics, der, evaluate, parse
 from maskops.checkpoint import CheckpointError, load_state_dict
+from maskops.cli import processes
 from maskops.cli.options import add_options, arch_options, best_device, given, method_in
 from maskops.data import Pair, load_images, one_shot, split
 from maskops.purify import Purification
@@ -82,40 +84,55 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     method = METHODS[arguments.method]
-    changes = {"device": best_device(), **given(arguments, *method.presets["paper"])}
+    changes = given(arguments, *method.presets["paper"])
     for one, other in (("trigger", "target"), ("mean", "std")):
         if (getattr(arguments, one, None) is None) != (getattr(arguments, other, None) is None):
             raise ValueError(f"--{one} and --{other} belong together")
+    place = processes.join(arguments.method, method.splits, changes.get("device"), best_device())
+    with processes.heard(place.team):
+        _run(arguments, {**changes, "device": place.device}, place)
+
+
+def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processes.Place) -> None:
+    method, team = METHODS[arguments.method], place.team
+    leads = team.rank == 0
     unfinished = arguments.out / _UNFINISHED
     resume = method.resumes and arguments.resume
-    _check_out(arguments, unfinished, resume)
-    with report.results_folder(arguments.out) as folder:
-        model = _load_model(arguments).to(changes["device"])
-        clean, evaluation = _load_data(arguments, changes.get("seed", method.presets["paper"].setting.seed))
-        _check_channels(clean[0].shape[1], changes)
-        measure = partial(_measure, arguments, evaluation, changes)
-        before = measure(model)
+    with team.all_or_none():
+        if leads:
+            _check_out(arguments, unfinished, resume)
+    with report.results_folder(arguments.out) if leads else nullcontext() as folder:
+        with team.all_or_none():
+            model = _load_model(arguments).to(changes["device"])
+            clean, evaluation = _load_data(arguments, changes.get("seed", method.presets["paper"].setting.seed))
+            _check_channels(clean[0].shape[1], changes)
+            measure = partial(_measure, arguments, evaluation, changes)
+            before = measure(model) if leads else None
         curves: list[Metrics] = []
 
         def on_epoch(epoch: int, working: nn.Module) -> None:
-            if arguments.curves:
+            if arguments.curves and leads:
                 curves.append(evaluate(working, *evaluation, arguments.trigger, arguments.target))
 
         if method.resumes:
             changes |= {"checkpoint": unfinished, "resume": resume}
-        replaced = folder / _UNFINISHED
-        if arguments.overwrite and unfinished.exists():
+        replaced = folder / _UNFINISHED if leads else unfinished
+        if arguments.overwrite and leads and unfinished.exists():
             os.replace(unfinished, replaced)
         try:
             result = method.run(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
-            replaced.unlink(missing_ok=True)
+            if leads:
+                replaced.unlink(missing_ok=True)
         except (ValueError, TypeError):  # of an input, before the first step
-            if replaced.exists() and not unfinished.exists():
+            if leads and replaced.exists() and not unfinished.exists():
                 os.replace(replaced, unfinished)
             raise
         except KeyboardInterrupt:
             left = f"--resume goes on from {unfinished}" if unfinished.exists() else "nothing was written"
             raise KeyboardInterrupt(left) from None
+        place.leave()
+        if not leads:
+            return
         after = measure(result.model)
         inputs = {name: str(getattr(arguments, name)) for name in ("arch", "checkpoint", "clean", "eval", "trigger")}
         notes = {"inputs": {**inputs, "target": arguments.target, "clean_images": len(clean[1])}}

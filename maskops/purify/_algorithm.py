@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from maskops.purify._checkpoint import Checkpoint
+from maskops.purify._checkpoint import Checkpoint, about
+from maskops.purify._distributed import team_of
 from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Preset, settle
@@ -38,9 +39,10 @@ class Algorithm:
     def __init__(
         self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: Mapping[str, Any]
     ) -> None:
-        chosen, setting = settle(self.method, self.presets, preset, options)
         self.on_epoch = on_epoch
-        self.prepare(model, clean_data, chosen, setting)
+        with team_of(self.method).all_or_none():
+            chosen, setting = settle(self.method, self.presets, preset, options)
+            self.prepare(model, clean_data, chosen, setting)
         self.run.beside = lambda: {f"the {name}": value for name, value in self.tensors().items()}
 
     def prepare(self, model: nn.Module, clean_data: Any, options: Any, setting: MaskSetting) -> None:
@@ -65,6 +67,7 @@ def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, 
 
     checkpoint, resume: as for :class:`Checkpoint`; None for none
     """
+    algorithm.run.team.same(lambda: {**about(algorithm), "checkpoint": (checkpoint is None, resume)})
     for phase in _phases(algorithm, checkpoint, resume):
         (error,) = side_by_side([(algorithm.run, phase)])
         if error is not None:

@@ -58,18 +58,20 @@ class Checkpoint:
 
     def __init__(self, algorithm: Resumable, path: str | os.PathLike, resume: bool) -> None:
         self._algorithm, self._path = algorithm, Path(path)
-        self._about = _about(algorithm)
+        self._about, self._team = about(algorithm), algorithm.run.team
         self._tensors: dict[str, Tensor] = {}
         self._notes: dict[str, Any] = {"phases": 0}
         self._wait = self._written = 0.0
-        if not self._path.exists():
-            self._save(0)
-        elif not resume:
-            method = algorithm.method
-            raise ValueError(f"{method}: {path} exists: give resume=True to go on from it, or another checkpoint=")
-        else:
-            self._tensors, self._notes = load_run(self._path)
-            self._check()
+        exists = self._team.first(self._path.exists)
+        with self._team.all_or_none():
+            if not exists:
+                self._save(0)
+            elif not resume:
+                method = algorithm.method
+                raise ValueError(f"{method}: {path} exists: give resume=True to go on from it, or another checkpoint=")
+            else:
+                self._tensors, self._notes = load_run(self._path)
+                self._check()
 
     def remaining(self) -> Iterator[Phase]:
         """The phases that are still to be run; the state is saved after each."""
@@ -82,14 +84,18 @@ class Checkpoint:
             if number <= done:
                 continue
             yield phase
-            if time.monotonic() - self._written >= self._wait:
-                self._save(number)
+            with self._team.all_or_none():
+                if time.monotonic() - self._written >= self._wait:
+                    self._save(number)
         if number < done:
             raise self._no_checkpoint(f"phase {done} of {number}")
-        if self._notes["phases"] < number:
-            self._save(number)
+        with self._team.all_or_none():
+            if self._notes["phases"] < number:
+                self._save(number)
 
     def _save(self, phases: int) -> None:
+        if self._team.rank > 0:
+            return
         start = time.monotonic()
         algorithm, run = self._algorithm, self._algorithm.run
         live = _live(algorithm)
@@ -168,7 +174,7 @@ class Checkpoint:
         self._tensors = {}
 
 
-def _about(algorithm: Resumable) -> dict[str, Any]:
+def about(algorithm: Resumable) -> dict[str, Any]:
     """What must be the same in a process that goes on."""
     run = algorithm.run
     options = {**plain_options(algorithm.options), **plain_options(run.setting)}

@@ -20,6 +20,7 @@ from maskops._text import one_line
 from maskops.augment.basic import crop_at, draw_corners, draw_mirrored, flip_where
 from maskops.data import as_tensors
 from maskops.purify import _finite
+from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch, Drawn, Mix, stacked
 from maskops.purify._fake import has_data, on_host
 from maskops.purify._images import CleanImages
@@ -77,6 +78,9 @@ class Run:
     within:     whether it is a part of a run that measures its memory
     """
 
+    team: Team = ALONE
+    """The processes that compute it; to be set before all else."""
+
     def __init__(
         self, method: str, model: nn.Module, clean_data: Any, setting: Setting, *, within: bool = False
     ) -> None:
@@ -98,7 +102,7 @@ class Run:
         self.generator = torch.Generator(device="cpu").manual_seed(setting.seed)
         self.noise_generator = torch.Generator(device=self.device).manual_seed(setting.seed + NOISE)
         self._layers_generator = torch.Generator(device="cpu").manual_seed(setting.seed + LAYERS)
-        self.lane = Lane(self.device, [self.noise_generator])
+        self.lane = Lane(self.device, [self.noise_generator], self.team)
         self.execution: dict[str, str] = {}
         self.history: dict[str, list[float]] = {}
         self._noted: dict[str, list[Tensor]] = {}
@@ -224,7 +228,7 @@ class Run:
 
     @property
     def _why_eager(self) -> str | None:
-        return None if self.setting.graphs else "graphs=False"
+        return self.team.why_eager if self.setting.graphs else "graphs=False"
 
     def varying(self, value: float) -> Tensor:
         """A number that changes between phases, where a recorded step finds it."""
@@ -264,15 +268,16 @@ class Run:
 
     def epochs(self, count: int) -> Iterator[int]:
         """0, 1, …, count - 1, behind a progress bar."""
-        bar = self._progress_bar(range(count))
+        epochs = range(count)
+        bar = self._progress_bar(epochs)
         for epoch in bar:
             self._epoch = epoch
             yield epoch
-            if self.setting.progress:
+            if bar is not epochs:
                 bar.set_postfix({name: f"{values[-1]:.3g}" for name, values in self.history.items()})
 
     def _progress_bar(self, epochs: range) -> Any:
-        if not self.setting.progress:
+        if not self.setting.progress or self.team.rank > 0:
             return epochs
         try:
             from tqdm import tqdm
@@ -286,7 +291,7 @@ class Run:
         """:func:`maskops._state.seeded_layers` with the next of the seeds that follow from the run's."""
         with on_host():
             seed = int(torch.randint(2**31, (), generator=self._layers_generator, device="cpu"))
-        return seeded_layers(seed, self.device)
+        return seeded_layers(seed + self.team.rank, self.device)  # each process draws for rows of its own
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

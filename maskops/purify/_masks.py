@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.nn import MASKED, NORMS
 from maskops.optim import MaskAdam
 from maskops.purify._depth import depths
+from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._phase import Phase
@@ -54,8 +56,10 @@ class MaskRun(Run):
         biases: str | None = None,
         within: bool = False,
     ) -> None:
+        self.team = ALONE if within else team_of(method)
         super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
+            self.team.check(model, self.device, batch_statistics, batch_statistics and track_statistics)
             self._masked = shared_copy(model)
             if any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
                 self._masked.to(self.device)
@@ -70,15 +74,15 @@ class MaskRun(Run):
         learned = [value for arena in self._noisy() for value in arena.effective_weights.values()]
         changing = [*learned, *self.biases.values()]
         self.model.make_tape(self.images[:2], changing, setting.gate, setting.recompute)
-        if setting.recompute and (batch_statistics or self.model.tape_reason):
-            reason = "the statistics of batches would follow twice" if batch_statistics else self.model.tape_reason
-            raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
-        self._perturbing = False
-        self._shares_of: dict[tuple, Tensor] = {}
         # in eval mode too, such a norm computes with the statistics of its batch
         self._mixes_batches = batch_statistics or any(
             isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
         )
+        if setting.recompute and (self._mixes_batches or self.model.tape_reason):
+            reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
+            raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
+        self._perturbing = False
+        self._shares_of: dict[tuple, Tensor] = {}
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
@@ -131,6 +135,20 @@ class MaskRun(Run):
             self._drop_noise()
         return self.model(images, trigger)
 
+    def cross_entropy(self, images: Tensor, *labels: Tensor, trigger: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The mean cross entropy of a batch's logits with each of the labels: what this process's rows add to it."""
+        part = self.team.part(len(images))
+        with self.team.whole_batch(part):
+            logits = self.logits(part.of(images), trigger)
+        return tuple(part.scaled(F.cross_entropy(logits, part.of(each))) for each in labels)
+
+    def add_gradients(self, *arenas: MaskArena) -> None:
+        """Sum the gradients in these arenas, and of tuned biases, over the processes."""
+        for arena in arenas:
+            if arena.grad is not None:  # otherwise each layer's was summed when it was stepped by itself
+                self.team.add(arena.grad)
+        self.team.add(*(bias.grad for bias in self.biases.values() if bias.grad is not None))
+
     def predictions(self, into: Tensor, batch_size: int) -> Phase:
         """A phase that writes the class that the working model gives each clean image, (N,)."""
         count = len(self.images)
@@ -140,10 +158,14 @@ class MaskRun(Run):
 
         @torch.no_grad()
         def predict(batch: Batch) -> dict[str, Tensor]:
-            into.index_copy_(0, batch.index, self.logits(self.images.at(batch.index)).argmax(1))
+            part = self.team.part(size)
+            own = part.of(batch.index)
+            with self.team.whole_batch(part):
+                into.index_copy_(0, own, self.logits(self.images.at(own)).argmax(1))
             return {}
 
-        return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager)
+        how = {"before": into.zero_, "after": partial(self.team.most, into)} if self.team.size > 1 else {}
+        return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager, **how)
 
     def new_trigger(self) -> Tensor:
         return torch.zeros_like(self.images[:1]).requires_grad_()
@@ -181,7 +203,12 @@ class MaskRun(Run):
             raise ValueError(f"{self.method}: step_in_backward=True can't be done for this model: {reason}")
         self.arena.drop_grad()
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
-        self.model.hand_over_gradients(lambda weight, grad: masks.step_layer(name_of[id(weight)], grad))
+
+        def step(weight: Parameter, grad: Tensor) -> None:
+            self.team.add(grad)
+            masks.step_layer(name_of[id(weight)], grad)
+
+        self.model.hand_over_gradients(step)
 
     def draw_noise(self, bound: float) -> None:
         """Noise on the masks, and on the biases of a run with noise on them, uniform in [-bound, bound]."""
@@ -191,7 +218,8 @@ class MaskRun(Run):
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
         with self.perturbed(learn_biases=True):
-            F.cross_entropy(self.logits(images), labels).backward()
+            self.cross_entropy(images, labels)[0].backward()
+        self.add_gradients(*self._noisy())
         for arena in self._noisy():
             arena.ascend_noise(step_size, bound)
 
@@ -227,6 +255,8 @@ class MaskRun(Run):
     def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
         """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.
 
+        Gradients are those of the rows of all processes, cross entropies what this one's add.
+
         branches:  (factor, images, labels) each
         together:  run them as one batch, which takes fewer, larger launches and twice the activations; not done where a
                    batch norm computes with the statistics of its batch
@@ -234,11 +264,9 @@ class MaskRun(Run):
         returns:   the cross entropies, detached
         """
         if together and not self._mixes_batches:
-            factors, images, labels = zip(*branches, strict=True)
-            of_each_image = F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels), reduction="none")
-            sizes = tuple(map(len, images))
-            of_each_image.backward(self._shares(factors, sizes))
-            return [part.mean() for part in of_each_image.detach().split(sizes)]
+            losses = self._descend_together(branches)
+            self.add_gradients(self.arena)
+            return losses
         losses = [self._descend(*branch) for branch in branches]
         if perturbed is not None:
             with self.perturbed():
@@ -247,7 +275,21 @@ class MaskRun(Run):
                 self._shifts is not None
             ):  # in the step itself, so that replays do it too; the mask step does the weights
                 self._shifts.refresh()
+        self.add_gradients(self.arena)
         return losses
+
+    def _descend_together(self, branches: Sequence[Branch]) -> list[Tensor]:
+        parts = [self.team.part(len(images)) for _, images, _ in branches]
+        own = [
+            (factor * p.share, p.of(images), p.of(labels))
+            for p, (factor, images, labels) in zip(parts, branches, strict=True)
+        ]
+        factors, images, labels = zip(*own, strict=True)
+        of_each_image = F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels), reduction="none")
+        sizes = tuple(map(len, images))
+        of_each_image.backward(self._shares(factors, sizes))
+        of_branches = of_each_image.detach().split(sizes)
+        return [part.scaled(each.mean()) for part, each in zip(parts, of_branches, strict=True)]
 
     def _shares(self, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
         """What each image's cross entropy counts in ``sum(factor * mean over the branch)``."""
@@ -257,7 +299,7 @@ class MaskRun(Run):
         return self._shares_of[factors, sizes]
 
     def _descend(self, factor: float, images: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(self.logits(images), labels)
+        (loss,) = self.cross_entropy(images, labels)
         (factor * loss).backward()
         return loss.detach()
 

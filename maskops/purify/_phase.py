@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskops.purify import _graphs
+from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch, Drawn, batch_at
 from maskops.purify._fake import on_host
 
@@ -18,11 +19,13 @@ WARM_UP = 3
 
 
 class Lane:
-    """What the phases of one run share on a GPU: a stream, so that several runs overlap, and memory for graphs."""
+    """What the phases of one run share: its processes, and on a GPU a stream, so that several runs overlap, and memory
+    for graphs.
+    """
 
-    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = (), team: Team = ALONE) -> None:
         on_gpu = device.type == "cuda"
-        self.device = device
+        self.device, self.team = device, team
         self.generators = [generator for generator in generators if generator.device.type == device.type]
         # weakly: what a phase holds is to be gone with it
         self.graphs: WeakKeyDictionary[Phase, _graphs.Graph] = WeakKeyDictionary()
@@ -174,6 +177,8 @@ class Phase:
         with self._lane.stream():
             if self._after is not None:
                 self._after()
+            if self._records is not None:  # each process has noted what its rows add
+                self._lane.team.add(self._records)
         self._lane.join()
         if self._records is None:
             return {}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from maskops.purify._algorithm import complete_together
+from maskops.purify._distributed import team_of
 from maskops.purify._loop import NonFiniteError, Purification
 from maskops.purify.anp import ANP
 from maskops.purify.awm import AWM
@@ -57,6 +58,8 @@ def sweep(
     """
     if method not in tuple(ALGORITHMS):
         raise ValueError(f"sweep: method must be one of {', '.join(ALGORITHMS)}; got {method!r}")
+    if team_of("sweep").size > 1:
+        raise ValueError("sweep: the runs of a sweep aren't spread over processes: sweep outside of a process group")
     if not isinstance(runs, Sequence) or not all(isinstance(own, Mapping) for own in runs):
         raise TypeError(f"sweep: runs must be a list of options by name, such as [{{'seed': 0}}]; got {runs!r:.80}")
     if not runs:

@@ -171,7 +171,8 @@ class ANP(Algorithm):
         options, scores = self.options, self.run.arena.masks
         if self.held_out is not None:
             hits = partial(self.run.hits, *self.held_out)
-            threshold = threshold_within(options.budget, scores, hits, len(self.held_out[1]))
+            find = partial(threshold_within, options.budget, scores, hits, len(self.held_out[1]))
+            threshold = self.run.team.first(find)
             options = replace(options, threshold=threshold)
         return self.run.finish(options, pruned=_pruned(scores, options))  # lines 13, 14
 

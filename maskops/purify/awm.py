@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskops.functional import project_onto_l1_ball, rescale_to_l1_ball, trigger_step_
 from maskops.optim import MaskAdam
 from maskops.purify._algorithm import Algorithm, complete
+from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch
 from maskops.purify._images import CleanImages
 from maskops.purify._loop import OnEpoch, Purification
@@ -166,6 +166,8 @@ def awm(
     errors:     ValueError and TypeError, one line, for options or data out of range; NonFiniteError when a loss is no
                 number; CheckpointError for a checkpoint that can't be read or written, ValueError for one of another
                 model, other images or options. In each case the model is as it was
+    processes:  those of torch.distributed's default group, if it is there, split every batch: all call this alike and
+                get the same result; RuntimeError when another is gone
     measured:   on the demo's digits with 100 clean images (seeds 0 to 2; ACC 98 to 99 %, asr_all 100 % before):
                 97.2 / 9, 97.4 / 13, 96.8 / 15
     source:     Eq. 4.4 and Algorithm 1, whose lines are marked in the code. Deviations: lines 7 and 12 print the signs
@@ -220,8 +222,8 @@ class AWM(Algorithm):
     def inner(self, batch: Batch) -> dict[str, Tensor]:  # lines 4, 5
         images = self.run.sample_images(batch)
         labels = self.inner_labels.index_select(0, batch.index)
-        loss = F.cross_entropy(self.run.logits(images, self.trigger), labels)  # line 6
-        ascend(self.trigger, loss, self.options)  # line 7
+        (loss,) = self.run.cross_entropy(images, labels, trigger=self.trigger)  # line 6
+        ascend(self.trigger, loss, self.options, self.run.team)  # line 7
         return {"inner loss": loss}
 
     def project(self) -> None:
@@ -262,11 +264,12 @@ class AWM(Algorithm):
         return self.run.finish(self.options, trigger=self.trigger)
 
 
-def ascend(trigger: Tensor, loss: Tensor, options: AWMOptions) -> None:
-    """One step of the trigger up the loss, in place."""
+def ascend(trigger: Tensor, loss: Tensor, options: AWMOptions, team: Team = ALONE) -> None:
+    """One step of the trigger up the loss, of which each process has a summand, in place."""
     if options.trigger_penalty:
-        loss = loss - options.trigger_penalty * trigger.norm()
+        loss = loss - options.trigger_penalty / team.size * trigger.norm()
     (gradient,) = torch.autograd.grad(loss, trigger)
+    team.add(gradient)
     trigger_step_(trigger, gradient, options.inner_lr)
     if options.project_every_step:
         project(trigger, options)

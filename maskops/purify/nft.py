@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from maskops import augment
@@ -186,10 +185,10 @@ class NFT(Algorithm):
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         mixed = _augmented(self.run, batch, self.options)
-        logits = self.run.logits(mixed.images)
-        own, other = F.cross_entropy(logits, mixed.labels), F.cross_entropy(logits, mixed.other_labels)
+        own, other = self.run.cross_entropy(mixed.images, mixed.labels, mixed.other_labels)
         loss = mixed.weight * own + (1 - mixed.weight) * other
         loss.backward()
+        self.run.add_gradients(self.run.arena)
         for optimizer in self.optimizers:
             optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step
             optimizer.zero_grad(set_to_none=False)

@@ -1,0 +1,193 @@
+"""Several processes that compute one run together: each takes its rows of every batch, and sums go over all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from maskops.checkpoint import CheckpointError
+from maskops.purify._whole_norms import WholeBatchNorms
+
+T = TypeVar("T")
+
+_KINDS = (CheckpointError, ValueError, TypeError, ImportError, OSError)
+"""What the error of one process is for the others."""
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run has failed, and with it this one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process's part of a batch.
+
+    rows:  which; None for all. A process that gets none takes the first, which then counts nothing
+    share: of the batch, as a fraction of 1
+    count: of the whole batch
+    """
+
+    count: int
+    rows: slice | None = None
+    share: float = 1.0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor (B, …)."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+    def scaled(self, mean: Tensor) -> Tensor:
+        """What a mean over these rows adds to the mean over the batch."""
+        return mean if self.share == 1 else self.share * mean
+
+
+class Team:
+    """The processes of one run. This class is a team of one, for which there is nothing to do."""
+
+    rank, size = 0, 1
+    why_eager: str | None = None
+    """Why steps can't be recorded as CUDA graphs; None if they can."""
+
+    def part(self, count: int) -> Part:
+        """This process's part of a batch of so many."""
+        return Part(count)
+
+    def check(self, network: nn.Module, device: torch.device, batch_statistics: bool, track_statistics: bool) -> None:
+        """Raise a ValueError for a device, or layers, whose work can't be spread over the processes."""
+
+    def whole_batch(self, part: Part) -> AbstractContextManager[object]:
+        """Within, batch norms on the statistics of their batch compute with those of the whole batch."""
+        return nullcontext()
+
+    def add(self, *tensors: Tensor) -> None:
+        """Sum each tensor over the processes, in place."""
+
+    def most(self, tensor: Tensor) -> None:
+        """The largest over the processes of each element, in place."""
+
+    def same(self, about: Callable[[], Mapping[str, Any]]) -> None:
+        """Raise a ValueError in every process unless what they tell about themselves is the same."""
+
+    def first(self, value: Callable[[], T]) -> T:
+        """What the first process computes."""
+        return value()
+
+    def all_or_none(self) -> AbstractContextManager[object]:
+        """An error that is raised within, where nothing is summed, by one process is raised by all of them."""
+        return nullcontext()
+
+
+class _Processes(Team):
+    why_eager = "sums over several processes aren't recorded"
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def part(self, count: int) -> Part:
+        each, more = divmod(count, self.size)
+        start = self.rank * each + min(self.rank, more)
+        own = each + (self.rank < more)
+        return Part(count, slice(start, start + own), own / count) if own else Part(count, slice(0, 1), 0.0)
+
+    def check(self, network: nn.Module, device: torch.device, batch_statistics: bool, track_statistics: bool) -> None:
+        backends = dist.get_backend_config()
+        if device.type not in (backend.split(":")[0] for backend in backends.split(",")):
+            raise ValueError(f"the process group can't sum on {device.type}: its backend is {backends}")
+        for name, module in network.named_modules():
+            if batch_statistics and isinstance(module, nn.SyncBatchNorm):
+                raise ValueError(f"{name} is a SyncBatchNorm: give a plain batch norm, which becomes one by itself")
+            if track_statistics and isinstance(module, _InstanceNorm) and module.running_mean is not None:
+                raise ValueError(f"several processes can't follow the running statistics of the instance norm {name}")
+
+    def whole_batch(self, part: Part) -> AbstractContextManager[object]:
+        return WholeBatchNorms(self, part.count, part.share > 0)
+
+    def add(self, *tensors: Tensor) -> None:
+        if len(tensors) == 1:
+            self._reduce(tensors[0], dist.ReduceOp.SUM)
+        elif tensors:
+            together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            self._reduce(together, dist.ReduceOp.SUM)
+            for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def most(self, tensor: Tensor) -> None:
+        self._reduce(tensor, dist.ReduceOp.MAX)
+
+    @torch.no_grad()
+    def _reduce(self, tensor: Tensor, op: Any) -> None:
+        with self._others_there():
+            if tensor.is_contiguous():
+                dist.all_reduce(tensor, op)
+            else:
+                dense = tensor.contiguous()
+                dist.all_reduce(dense, op)
+                tensor.copy_(dense)
+
+    def same(self, about: Callable[[], Mapping[str, Any]]) -> None:
+        first, *others = self._gathered(dict(about()))
+        for rank, other in enumerate(others, start=1):
+            for what, value in first.items():
+                if other[what] != value:
+                    raise ValueError(f"{self._method}: {_difference(what, value, other[what], rank)}")
+
+    def first(self, value: Callable[[], T]) -> T:
+        return self._gathered(value() if self.rank == 0 else None)[0]
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        own = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        kind = next((kind for kind in _KINDS if isinstance(own, kind)), RuntimeError)
+        found = self._gathered(None if own is None else (kind, str(own)))
+        failed = next((rank for rank, error in enumerate(found) if error is not None), None)
+        if failed == self.rank:
+            raise own
+        if failed is not None:
+            kind, message = found[failed]
+            raise kind(f"{message} (in process {failed})") from ProcessError(f"process {failed} has failed")
+
+    def _gathered(self, value: T) -> list[T]:
+        """A value of each process, by rank."""
+        values: list[Any] = [None] * self.size
+        with self._others_there():
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def _others_there(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = re.sub(r"^(\[[^\]]*\]\s*)+", "", (str(error).splitlines() or [type(error).__name__])[0])
+            gone = f"{self._method}: another process of the run is gone ({reason})"
+            raise ProcessError(f"{gone}; a checkpoint goes on from its last phase") from error
+
+
+ALONE = Team()
+
+
+def team_of(method: str) -> Team:
+    """The processes of torch's default group, if it is there and has more than one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _Processes(method)
+    return ALONE
+
+
+def _difference(what: str, value: Any, other: Any, rank: int) -> str:
+    if isinstance(value, dict) and isinstance(other, dict):
+        names = [name for name in {**value, **other} if value.get(name) != other.get(name)]
+        values = ", ".join(f"{name} {value.get(name)!r} and {other.get(name)!r}" for name in names)
+        return f"processes 0 and {rank} have other {what}: {values}"
+    return f"processes 0 and {rank} have other {what}"
