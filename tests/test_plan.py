@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers_resume import network
 from test_working import with_statistics
+from torch import nn
 
 from benchmarks.counting import count
 from maskops import models
@@ -41,10 +42,9 @@ def counted(model, method, batch, shape, **options):
         ("nft", {"tune_bias": True, "augmentation": "cutmix"}),
     ],
 )
-@pytest.mark.parametrize("name", ["small_vgg", "mobilenet_v2"])
-def test_a_plan_is_what_a_run_needs(name, method, options):
+def test_a_plan_is_what_a_run_needs(method, options, name="small_vgg"):
     torch.manual_seed(0)
-    model, shape = with_statistics(models.build(name)), (3, 32, 32)
+    model, shape = with_statistics(models.build(name)).float(), (3, 32, 32)
     options = {"branches": "concatenated", **options} if method == "awm" else options
     planned = plan(model, method, shape=shape, classes=10, images=4, batch_size=4, **options)
     phases, kept = counted(model, method, 4, shape, **options)
@@ -54,32 +54,41 @@ def test_a_plan_is_what_a_run_needs(name, method, options):
     assert planned.kept["weights"] == kept["weights"]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2"])
+def test_a_plan_of_other_networks(name):
+    test_a_plan_is_what_a_run_needs("awm", {}, name)
+
+
 def test_a_plan_of_a_model_without_data_allocates_nothing():
     with torch.device("meta"):
-        huge = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 4096, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4096, 4096, 3, padding=1),
-            torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4096, 1000),
+        huge = nn.Sequential(
+            nn.Conv2d(3, 4096, 3, padding=1), nn.ReLU(), nn.Conv2d(4096, 4096, 3, padding=1),
+            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4096, 1000),
         )  # fmt: skip
-    found = plan(huge, shape=(3, 224, 224), classes=1000, batch_size=256)
-    assert found.peak > 1e12 and found.parameters == 4096 * 9 * (3 + 4096)
+    found = plan(huge, shape=(3, 224, 224), classes=1000, batch_size=32)
+    assert found.peak > 1e11 and found.parameters == 4096 * 9 * (3 + 4096)
     assert "most at one time" in str(found)
 
 
-def test_a_budget_chooses_what_saves_enough_and_changes_least():
-    model = with_statistics(models.build("mobilenet_v2"))
-    about = {"shape": (3, 32, 32), "classes": 10, "batch_size": 32}
-    free = plan(model, **about)
-    found = plan(model, budget=0.75 * free.peak, **about)
+def deep():
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def test_a_limit_chooses_what_saves_enough_and_changes_least():
+    about = {"shape": (3, 16, 16), "classes": 4, "batch_size": 32}
+    free = plan(deep(), **about)
+    found = plan(deep(), memory=0.75 * free.peak, **about)
     assert found.fits and found.peak <= 0.75 * free.peak
     assert "dtype" not in found.options and found.options["branches"] == "sequential"
-    least = plan(model, budget=1, **about)
+    least = plan(deep(), memory=1, **about)
     assert not least.fits and least.options["batch_size"] == 8 and least.peak < found.peak
 
 
 def test_what_was_given_is_never_changed():
-    about = {"shape": (3, 8, 8), "classes": 4, "branches": "concatenated", "recompute": False}
-    assert plan(network(), budget=1, **about).options["branches"] == "concatenated"
-    assert plan(network(), budget=1, **about).options["recompute"] is False
+    about = {"shape": (3, 8, 8), "classes": 4, "branches": "concatenated", "recompute": False, "gate": "output"}
+    options = plan(deep(), memory=1, dtype=None, weight_dtype=None, **about).options
+    assert options["branches"] == "concatenated" and options["recompute"] is False and options["dtype"] is None
 
 
 def test_what_a_method_refuses_a_plan_refuses():
@@ -90,7 +99,7 @@ def test_what_a_method_refuses_a_plan_refuses():
 
 
 def test_the_command_line_plans(capsys):
-    options = "plan --arch small_vgg --shape 3,32,32 --classes 10 --batch-size 16 --budget 10GB"
+    options = "plan --arch small_vgg --shape 3,32,32 --classes 10 --batch-size 16 --memory 10GB"
     assert main(options.split()) == 0
     assert "most at one time" in capsys.readouterr().out
     assert main([*options.split()[:-1], "1kB"]) == 1

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--shape", type=_shape, required=True, metavar="C,H,W", help="of an image")
     parser.add_argument("--classes", type=int, required=True, help="how many the model tells apart")
     parser.add_argument("--images", type=int, default=500, help="how many clean images there will be (default: 500)")
-    parser.add_argument("--budget", type=_bytes, metavar="24GB", help="memory of the device: choose options that fit")
+    parser.add_argument("--memory", type=_bytes, metavar="24GB", help="of the device: choose options that fit")
     presets = METHODS[method].presets
     parser.add_argument("--preset", choices=presets, default="paper", help="where the values begin (default: paper)")
     options = parser.add_argument_group(f"options of {METHODS[method].title}")
@@ -39,10 +39,10 @@ def run(arguments: argparse.Namespace) -> None:
     about = {"shape": arguments.shape, "classes": arguments.classes, "images": arguments.images}
     with torch.device("meta"):
         model = models.build(arguments.arch, **arguments.arch_options)
-    found = plan(model, arguments.method, **about, budget=arguments.budget, preset=arguments.preset, **changes)
+    found = plan(model, arguments.method, **about, memory=arguments.memory, preset=arguments.preset, **changes)
     print(found)
     if not found.fits:
-        raise RuntimeError(f"it doesn't fit into {arguments.budget / 1e9:g} GB: the least is {found.peak / 1e9:.3g} GB")
+        raise RuntimeError(f"it doesn't fit into {arguments.memory / 1e9:g} GB: the least is {found.peak / 1e9:.3g} GB")
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -219,15 +219,16 @@ def _is_list(value: Any) -> bool:
 
 def _belongs(algorithm: Resumable, name: str, value: Tensor) -> bool:
     """Whether a tensor is part of the state of one of the algorithm's optimisers."""
-    found = re.fullmatch(r"optimizer\.(\d{1,9})\.(\d{1,9})\..+", name)
+    found = re.fullmatch(r"optimizer\.(\d{1,9})\.(\d{1,9})\.(.+)", name)
     if found is None or int(found[1]) >= len(algorithm.optimizers):
         return False
     parameters = _parameters(algorithm.optimizers[int(found[1])])
     if int(found[2]) >= len(parameters):
         return False
-    # of one layer, or in eight bits, there are fewer numbers in a row
     parameter = parameters[int(found[2])]
-    return value.shape == parameter.shape or (value.dim() <= 1 and value.numel() <= max(parameter.numel(), 1))
+    if "." in found[3] or found[3].endswith("_scale"):  # a layer's own, or a number for some: fewer, in a row
+        return value.dim() <= 1 and value.numel() <= parameter.numel()
+    return value.shape in ((), parameter.shape)
 
 
 def _optimizer_states(algorithm: Resumable) -> dict[str, Tensor]:

@@ -46,9 +46,9 @@ class Plan:
                 ``"effective weights"``, ``"gradients"``, ``"optimiser"``, ``"images"``, ``"other"``
     phases:     for each kind of step the most that it needs beside all this: activations, for the most part
     preparation: the most that is needed before the first step, all in all
-    options:    what was given, and what was chosen to fit a budget
+    options:    what was given, and what was chosen to fit the memory
     parameters: masked ones
-    fits:       whether the peak is within the budget; True without one
+    fits:       whether the peak is within the memory; True without one
     """
 
     model: int
@@ -87,21 +87,21 @@ def plan(
     shape: Sequence[int],
     classes: int,
     images: int = 500,
-    budget: float | None = None,
+    memory: float | None = None,
     preset: str = "paper",
     **options: Any,
 ) -> Plan:
     """What memory a purification of this model will need, without allocating any of it.
 
     The steps themselves run, on tensors that have shapes and no data; the model may be on the meta device. With a
-    budget, options that save memory are added, from those that only cost time to those that round (``dtype``,
+    limit on it, options that save memory are added, from those that only cost time to those that round (``dtype``,
     ``weight_dtype``), until the peak fits; then the batch is halved, down to a quarter.
 
     method:  ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
     shape:   (C, H, W) of an image
     classes: how many the model tells apart
     images:  how many clean images there will be
-    budget:  bytes, such as ``24e9``; None for none
+    memory:  the limit in bytes, such as ``24e9``; None for none
     options: as for the method; those given here are never changed. ``branches`` and ``gate`` are a GPU's by default
     returns: a :class:`Plan`, whose ``options`` can be given to the method; without ``fits`` it is the smallest found
     errors:  ValueError for an unknown method, and as the method itself
@@ -116,9 +116,9 @@ def plan(
     about = {"shape": tuple(shape), "classes": classes, "images": images, "preset": preset}
     found = None
     wide = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    for candidate in _candidates(method, options, budget is not None, wide):
+    for candidate in _candidates(method, options, memory is not None, wide):
         found = _measured(model, method, candidate, **about)
-        if budget is None or found.peak <= budget:
+        if memory is None or found.peak <= memory:
             return found
     return Plan(**{**vars(found), "fits": False})
 
