@@ -18,6 +18,7 @@ from maskops.nn import (
     MaskedLinear,
 )
 from maskops.optim import MaskAdam, MaskSGD
+from maskops.purify import plan
 
 __all__ = [
     "MaskAdam",
@@ -40,6 +41,7 @@ __all__ = [
     "mask_",
     "masked_layers",
     "masks",
+    "plan",
     "purify",
     "why_not",
 ]
