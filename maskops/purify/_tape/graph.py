@@ -17,15 +17,12 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from maskops.purify._fake import PLAIN
+from maskops.purify._tape.tracers import Alone, RefusedError, ShapedTracer, Tracer
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _MAYBE_VIEWS = ("reshape", "contiguous", "flatten", "to", "type", "float", "type_as", "expand_as")
 """What shares memory with its input or not, as the input happens to lie in memory."""
-
-
-class RefusedError(Exception):
-    """The network can't be taped; the message says why."""
 
 
 def traced(network: nn.Module, example: Tensor, precision: Callable[[], Any]) -> fx.Graph:
@@ -38,7 +35,7 @@ def traced(network: nn.Module, example: Tensor, precision: Callable[[], Any]) ->
     errors:    RefusedError
     """
     _refuse_modules(network)
-    graph = _graph(network)
+    graph = _graph(network, example)
     storages = _describe(network, graph, example, precision)
     for node in graph.nodes:
         if node.op == "call_module":
@@ -69,24 +66,6 @@ def _refuse_modules(network: nn.Module) -> None:
             raise RefusedError(f"{where} is parametrized")
 
 
-class _Tracer(fx.Tracer):
-    """Refuses what a graph doesn't show: modes of torch that a forward sets for a part of itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._modes = _modes()
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
-            raise RefusedError("its forward sets torch's grad mode or autocast")
-        return super().create_node(*args, **kwargs)
-
-
-def _modes() -> tuple[bool, ...]:
-    devices = ("cpu", "cuda")
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, devices)
-
-
 @contextmanager
 def _no_functions_of_its_own() -> Iterator[None]:
     """Within, a ``torch.autograd.Function`` that is traced is refused: of it the tracer would see the forward alone."""
@@ -104,14 +83,36 @@ def _no_functions_of_its_own() -> Iterator[None]:
         torch.autograd.Function.apply = apply
 
 
-def _graph(network: nn.Module) -> fx.Graph:
+def _traced_somehow(network: nn.Module, example: Tensor, optional: dict[str, Any]) -> fx.Graph:
+    """The graph by torch's own tracer or, of a forward that looks at shapes, by ours."""
+    try:
+        return Tracer().trace(network, concrete_args=optional)
+    except RefusedError:
+        raise
+    except Exception as error:
+        try:
+            alone = Alone(network)
+            graph = ShapedTracer(alone, example).trace(alone)
+        except RefusedError:
+            raise
+        except Exception:  # what the simpler way stumbled over says more
+            raise error from None
+    for node in reversed(graph.nodes):
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix("network.")
+        if node.target == "size" and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def _graph(network: nn.Module, example: Tensor) -> fx.Graph:
     parameters = list(inspect.signature(network.forward).parameters.values())
     optional = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
     attributes = {module: dict(vars(module)) for module in network.modules()}
     with _random_numbers(network) as unused:
         try:
             with torch.enable_grad(), _no_functions_of_its_own():
-                graph = _Tracer().trace(network, concrete_args=optional)
+                graph = _traced_somehow(network, example, optional)
         except RefusedError:
             raise
         except Exception as error:  # whatever the network's own code raises when it is run on proxies
@@ -330,6 +331,8 @@ def _passes(node: fx.Node) -> bool:
         module = node.meta["module"]
         passes = type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training)
         return passes and len(node.args) == 1
+    if node.op == "call_method" and node.target == "to" and isinstance(node.args[0], fx.Node):
+        return node.meta.get("dtype") == node.args[0].meta.get("dtype") and "copy" not in node.kwargs
     if node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS and node.args:
         return argument(node, "training", True) is False
     return False

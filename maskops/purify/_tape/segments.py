@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from maskops.purify._tape.call import Plan
@@ -31,15 +32,16 @@ def cut(steps: Sequence[Step], sizes: Sequence[int], plan: Plan, bits: bool) -> 
     crossing, possible = _crossing(steps), places(steps)
     held = {value for step in steps if any(plan.needs[v] for v in step.writes) for value in step.holds(plan, bits)}
     made = [sum(sizes[value] for value in step.writes if value in held) for step in steps]
+    before = [0, *accumulate(made)]  # bytes that are made before each step
 
     def peak(cuts: Sequence[int]) -> int:
         ends = [*cuts, len(steps)]
-        largest = max(sum(made[start:end]) for start, end in zip([0, *cuts], ends, strict=True))
+        largest = max(before[end] - before[start] for start, end in zip([0, *cuts], ends, strict=True))
         return largest + sum(sizes[value] for place in cuts for value in crossing[place])
 
     best: list[int] = []
     for parts in range(2, len(possible) + 2):
-        cuts = _filled(possible, made, sum(made) / parts)
+        cuts = _filled(possible, before, before[-1] / parts)
         if peak(cuts) < peak(best):
             best = cuts
     return at(steps, best if peak(best) < 0.8 * peak([]) else [])
@@ -73,12 +75,12 @@ def _is_safe(later: Sequence[Step], crossing: tuple[int, ...]) -> bool:
     return not any(step.overwrites in crossing for step in later)
 
 
-def _filled(possible: Sequence[int], made: Sequence[int], most: float) -> list[int]:
+def _filled(possible: Sequence[int], before: Sequence[int], most: float) -> list[int]:
     """Cuts that make segments of at most so many bytes, where the possible places allow it."""
     cuts: list[int] = []
     start = 0
-    for place, following in zip(possible, [*possible[1:], len(made)], strict=True):
-        if sum(made[start:following]) > most:
+    for place, following in zip(possible, [*possible[1:], len(before) - 1], strict=True):
+        if before[following] - before[start] > most:
             cuts.append(place)
             start = place
     return cuts
