@@ -24,7 +24,7 @@ def test_report_is_made_from_the_rows(tmp_path):
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results.write(
         rows(threads="7")
-        + rows(contestant="maskops", ms_p50="4", saved_mb="0.5", threads="2")
+        + rows(contestant="maskops", ms_p50="4", peak_mb="0.5", threads="2")
         + rows(contestant=steps.AGAIN, ms_p50="4.4", saved_mb="", threads="2")
         + rows(contestant="compile", ms_p50="3", threads="2")
         + rows(contestant="lean", ms_p50="6", threads="2")
@@ -36,7 +36,7 @@ def test_report_is_made_from_the_rows(tmp_path):
     text = readme.read_text()
     assert "threads 7 and 2," in text and "at revision" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| small_vgg, 4, float32 | AWM inner | 10 | 6 | 3 | **4** | 2.50 | 2.5 | 2 | 0.5 |" in text
+    assert "| small_vgg, 4, float32 | AWM inner | 10 | 6 | 3 | **4** | 2.50 | 2.5 | 3 | 0.5 |" in text
     assert "`compile` is faster than maskops, 3 against 4 ms" in text
     assert "differs by up to 10%" in text
     assert command_line.main(["report", "--readme", str(readme), "--results", str(tmp_path), "--check"]) == 0

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from maskops.purify._masks import MaskRun
 from maskops.purify._setting import MaskSetting
-from maskops.purify._tape import Tape, graph
+from maskops.purify._tape import Tape, graph, tracers
 from maskops.purify._working import WorkingModel
 
 
@@ -108,7 +108,7 @@ def test_what_tracing_can_not_see_is_found_by_trying(monkeypatch):
     model = WorkingModel(network, images())
     network.requires_grad_()
     monkeypatch.setattr(graph, "_no_functions_of_its_own", nullcontext)
-    monkeypatch.setattr(graph, "_modes", tuple)
+    monkeypatch.setattr(tracers, "_modes", tuple)
     model.make_tape(images())
     assert model.tape_reason == "its logits or their gradient come out otherwise"
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
