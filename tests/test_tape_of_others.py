@@ -6,7 +6,7 @@ from helpers_tape import check, check_recomputed, images
 from test_working import with_statistics
 from torch import nn
 
-from maskops.purify import awm
+from maskops.purify import awm, plan
 from maskops.purify._tape import Tape
 from maskops.purify._working import WorkingModel
 
@@ -82,6 +82,18 @@ def test_a_forward_that_asks_for_the_number_of_images_is_refused():
             return self.layer(x.flatten(1) if x.shape[0] > 2 else 2 * x.flatten(1))
 
     assert "control flow" in Tape.of(Asking().double(), images(16))
+
+
+@pytest.mark.parametrize("name", ["ViT", "ConvNext"])
+def test_a_transformer_in_sixteen_bits_is_taped(name):
+    model = WorkingModel(made(name).float(), images(16).float(), dtype=torch.bfloat16)
+    model.make_tape(images(16).float())
+    assert model.tape_reason is None
+
+
+def test_a_plan_of_a_transformer_holds_nothing_of_its_tracing():
+    about = {"shape": (3, 16, 16), "classes": 5, "batch_size": 4, "layers": ("conv", "linear")}
+    assert plan(made("ViT").float(), dtype=torch.bfloat16, recompute=True, **about).kept["other"] < 1e6
 
 
 def test_memory_options_of_a_transformer():

@@ -35,7 +35,7 @@ def traced(network: nn.Module, example: Tensor, precision: Callable[[], Any]) ->
     errors:    RefusedError
     """
     _refuse_modules(network)
-    graph = _graph(network, example)
+    graph = _graph(network, example, precision)
     storages = _describe(network, graph, example, precision)
     for node in graph.nodes:
         if node.op == "call_module":
@@ -83,7 +83,9 @@ def _no_functions_of_its_own() -> Iterator[None]:
         torch.autograd.Function.apply = apply
 
 
-def _traced_somehow(network: nn.Module, example: Tensor, optional: dict[str, Any]) -> fx.Graph:
+def _traced_somehow(
+    network: nn.Module, example: Tensor, precision: Callable[[], Any], optional: dict[str, Any]
+) -> fx.Graph:
     """The graph by torch's own tracer or, of a forward that looks at shapes, by ours."""
     try:
         return Tracer().trace(network, concrete_args=optional)
@@ -92,12 +94,13 @@ def _traced_somehow(network: nn.Module, example: Tensor, optional: dict[str, Any
     except Exception as error:
         try:
             alone = Alone(network)
-            graph = ShapedTracer(alone, example).trace(alone)
+            graph = ShapedTracer(alone, example, precision).trace(alone)
         except RefusedError:
             raise
         except Exception:  # what the simpler way stumbled over says more
             raise error from None
     for node in reversed(graph.nodes):
+        node.meta.pop("value", None)
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("network.")
         if node.target == "size" and not node.users:
@@ -105,14 +108,14 @@ def _traced_somehow(network: nn.Module, example: Tensor, optional: dict[str, Any
     return graph
 
 
-def _graph(network: nn.Module, example: Tensor) -> fx.Graph:
+def _graph(network: nn.Module, example: Tensor, precision: Callable[[], Any]) -> fx.Graph:
     parameters = list(inspect.signature(network.forward).parameters.values())
     optional = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
     attributes = {module: dict(vars(module)) for module in network.modules()}
     with _random_numbers(network) as unused:
         try:
             with torch.enable_grad(), _no_functions_of_its_own():
-                graph = _traced_somehow(network, example, optional)
+                graph = _traced_somehow(network, example, precision, optional)
         except RefusedError:
             raise
         except Exception as error:  # whatever the network's own code raises when it is run on proxies

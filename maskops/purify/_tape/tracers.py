@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from maskops.purify._fake import on_host
+from torch.utils._python_dispatch import _disable_current_modes
 
 _BATCH = 1009
 """Images in the example: a prime, so that a size is a multiple of it only if it depends on their number."""
@@ -96,14 +95,17 @@ class Shaped(fx.Proxy):
 
 
 class ShapedTracer(Tracer):
-    """A tracer whose proxies know their shapes, which one forward without data tells, step by step."""
+    """A tracer whose proxies know their shapes, which one forward without data tells, step by step.
 
-    def __init__(self, network: nn.Module, example: Tensor) -> None:
+    precision: the context in which the network computes
+    """
+
+    def __init__(self, network: nn.Module, example: Tensor, precision: Callable[[], Any]) -> None:
         super().__init__()
-        self._network = network
+        self._network, self._precision = network, precision
         self._untraced = nn.Module.__call__, nn.Module.__getattr__
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with on_host(), self._mode:
+        with _disable_current_modes(), self._mode:
             self._images = torch.empty(_BATCH, *example.shape[1:], dtype=example.dtype, device=example.device)
 
     def proxy(self, node: fx.Node) -> Shaped:
@@ -111,7 +113,7 @@ class ShapedTracer(Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        with on_host(), self._mode, torch.no_grad(), self._not_traced():
+        with _disable_current_modes(), self._mode, torch.no_grad(), self._precision(), self._not_traced():
             proxy.node.meta["value"] = self._compute(proxy.node)
         return proxy
 
