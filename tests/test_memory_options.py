@@ -155,6 +155,14 @@ def test_recomputing_what_draws_is_refused():
         run(Drawing(), recompute=True)
 
 
+def test_a_hook_that_a_measurement_leaves_doesn_t_end_the_learning_in_silence():
+    def measure(epoch, model):
+        model.network.stem.register_forward_hook(lambda *_: None)
+
+    with pytest.raises(RuntimeError, match="step_in_backward=True: a layer now has a hook"):
+        run(TwoHeads(), step_in_backward=True, on_epoch=measure)
+
+
 class Detached(TwoHeads):
     """A layer that no loss depends on."""
 
