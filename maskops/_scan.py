@@ -9,7 +9,6 @@ do nothing. It knows what ``torch.load`` knows and a state dict needs; everythin
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import struct
 import zipfile
@@ -25,6 +24,9 @@ _MOST_STEPS = 5_000_000
 _LARGEST_KEY = 2**61 - 2
 """Larger whole numbers can be made to have one hash, which makes a dict of them as slow as a list."""
 
+_MOST_TUPLES = 1000
+"""Tuples as keys: these too can be made to have one hash."""
+
 _LARGEST_SHAPE = 2**120
 """The product of sizes, or of strides, each of which torch bounds by itself."""
 
@@ -39,6 +41,7 @@ _MAKES_VALUES = {"torch.Size", "torch.device", "_codecs.encode", "builtins.set",
 _KNOWN = _MAKES_DICTS | _MAKES_TENSORS | _MAKES_VALUES
 
 _ATOMS = (str, bytes, int, float, type(None))
+_HASHED_AS_NUMBERS = {"torch.Size", "builtins.complex"}
 
 
 def check(path: Path) -> None:
@@ -56,11 +59,7 @@ def check(path: Path) -> None:
 
 def _check_zip(path: Path) -> None:
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - 22))
-        # torch and Python look for this in different ways, and might find different ones
-        if file.read(4) != b"PK\x05\x06":
-            raise zipfile.BadZipFile("the archive's directory isn't at its end")
+    _check_end(path, size)
     with zipfile.ZipFile(path) as archive:
         records: dict[str, zipfile.ZipInfo] = {}
         for record in archive.infolist():
@@ -80,16 +79,31 @@ def _check_zip(path: Path) -> None:
             raise ValueError("the archive has no data.pkl")
         content = archive.read(records[f"{folder}/data.pkl"])
     sizes = {name: record.file_size for name, record in records.items()}
-    _Machine(io.BytesIO(content), _Claims(size, sizes, f"{folder}/data/")).run()
+    _Machine(io.BytesIO(content), _Claims(size, sizes, f"{folder}/data/"), size).run()
+
+
+def _check_end(path: Path, size: int) -> None:
+    """The directory must be where both readers look: torch where the file says, Python just before the file's end."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 98))
+        tail = file.read().rjust(98, b"\0")
+    end, found = size - 22, tail[-22:-18] == b"PK\x05\x06"
+    length, offset = struct.unpack("<2L", tail[-10:-2])
+    if tail[-42:-38] == b"PK\x06\x07":  # in 64 bits
+        end = size - 98
+        found = found and tail[:4] == b"PK\x06\x06" and struct.unpack("<Q", tail[-34:-26])[0] == end
+        length, offset = struct.unpack("<2Q", tail[40:56])
+    if not found or offset + length != end:
+        raise zipfile.BadZipFile("the archive's directory isn't at its end")
 
 
 def _check_legacy(file: BinaryIO, size: int) -> None:
     claim = _Claims(size)
-    first = _Machine(file, claim).run()
+    first = _Machine(file, claim, size).run()
     if first != torch.serialization.MAGIC_NUMBER:
         raise ValueError("invalid magic number")
     for _ in range(4):  # the protocol, the system, the content, the keys of its storages
-        _Machine(file, claim).run()
+        _Machine(file, claim, size).run()
 
 
 class _Claims:
@@ -124,17 +138,24 @@ class _Inert:
 
 
 class _Dict:
-    """What stands for a dict: it hashes nothing."""
+    """What stands for a dict: it hashes nothing.
+
+    count: of its entries, those that are set twice too
+    """
+
+    count = 0
 
 
 class _Machine:
     """Goes through one pickle, instruction by instruction.
 
     claim: is told the key and the bytes of each storage
+    size:  of the file, in bytes: of what is in it no more is ever copied
     """
 
-    def __init__(self, file: BinaryIO, claim: Callable[[str, int], None]) -> None:
+    def __init__(self, file: BinaryIO, claim: Callable[[str, int], None], size: int) -> None:
         self._file, self._claim = file, claim
+        self._copies_left, self._tuples_left = size, _MOST_TUPLES
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -182,11 +203,28 @@ class _Machine:
         start = len(self._stack) - count
         self._stack[start:] = [tuple(self._stack[start:])]
 
+    def _copy(self, *values: Any) -> None:
+        """Count what a call copies or looks through: what is in a file once can be given to any number of calls."""
+        for value in values:
+            self._copies_left -= _length(value)
+            if self._copies_left < 0:
+                raise pickle.UnpicklingError("it makes more copies of its content than a file of tensors does")
+            if isinstance(value, (list, tuple)):
+                self._copies_left -= sum(map(_length, value))
+        if self._copies_left < 0:
+            raise pickle.UnpicklingError("it makes more copies of its content than a file of tensors does")
+
     def _set_items(self, items: list[Any]) -> None:
         for key in items[::2]:
+            if isinstance(key, tuple):
+                self._tuples_left -= 1
+                self._copy(key)
             _check_key(key)
+        if self._tuples_left < 0:
+            raise pickle.UnpicklingError(f"more than {_MOST_TUPLES} keys are tuples")
         if not isinstance(self._stack[-1], _Dict):
             raise pickle.UnpicklingError("items are set in what is no dict")
+        self._stack[-1].count += len(items) // 2
 
     def _set_item(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
@@ -213,14 +251,18 @@ class _Machine:
         if not isinstance(function, _Inert) or function.made or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("something else than a function is called")
         name = function.name
+        self._copy(*arguments)
         if name in _MAKES_DICTS:
-            if not all(_is_plain_argument(argument) for argument in arguments):
+            pairs = name == "collections.OrderedDict"
+            if not all(_is_plain_argument(argument, pairs) for argument in arguments):
                 raise pickle.UnpicklingError(f"{name} of what it can't be made of")
-            self._push(_Dict())
+            made = _Dict()
+            made.count = sum(map(_length, arguments))
+            self._push(made)
             return
         if name not in _KNOWN:
             raise pickle.UnpicklingError(f"{name} is called")
-        if name == "builtins.set" and not all(_is_plain_argument(argument) for argument in arguments):
+        if name == "builtins.set" and not all(_is_plain_argument(argument, False) for argument in arguments):
             raise pickle.UnpicklingError("a set of what is no name or number")
         if name == "_codecs.encode" and arguments[1:] not in (("latin1",), (b"latin1",)):
             raise pickle.UnpicklingError("text is encoded otherwise than in latin1")
@@ -229,7 +271,7 @@ class _Machine:
         self._push(_Inert(name, made=True))
 
     def _build(self) -> None:
-        self._stack.pop()
+        self._copy(self._stack.pop())
         if not isinstance(self._stack[-1], _Dict):
             raise pickle.UnpicklingError("an object is given a state that only a dict's may be")
 
@@ -300,20 +342,40 @@ def _check_shapes(arguments: tuple[Any, ...]) -> None:
         numbers = [number for number in numbers if isinstance(number, int)]
         if any(number < 0 for number in numbers):
             raise pickle.UnpicklingError(f"a tensor has a negative size, stride or offset ({min(numbers)})")
-        if math.prod(max(1, number) for number in numbers) > _LARGEST_SHAPE:
-            raise pickle.UnpicklingError(f"a tensor's sizes or strides are too large ({numbers})")
+        product = 1
+        for number in numbers:  # one by one: the product of all could take hours
+            product *= max(1, number)
+            if product > _LARGEST_SHAPE:
+                raise pickle.UnpicklingError("a tensor's sizes or strides are too large")
+
+
+def _length(value: Any) -> int:
+    """How much a call may copy of a value."""
+    if isinstance(value, _Dict):
+        return value.count
+    return len(value) if isinstance(value, (str, bytes, list, tuple)) else 0
 
 
 def _check_key(key: Any) -> None:
-    parts = key if isinstance(key, tuple) else (key,)
-    for part in parts:
-        if not isinstance(part, (*_ATOMS, _Inert)) or (isinstance(part, int) and abs(part) > _LARGEST_KEY):
+    for part in key if isinstance(key, tuple) else (key,):
+        named = isinstance(part, _Inert) and part.name not in _HASHED_AS_NUMBERS
+        if not (named or _is_atom(part)):
             raise pickle.UnpicklingError("a key must be a name or a number")
 
 
-def _is_plain_argument(argument: Any) -> bool:
+def _is_atom(value: Any) -> bool:
+    return isinstance(value, _ATOMS) and not (isinstance(value, int) and abs(value) > _LARGEST_KEY)
+
+
+def _is_plain_argument(argument: Any, pairs: bool) -> bool:
+    """Whether a dict or a set can be made of it without harm.
+
+    pairs: of keys and values, and not of keys alone
+    """
     if isinstance(argument, _Dict):
         return True
     items = argument if isinstance(argument, (list, tuple)) else [argument]
-    pairs = [part for item in items for part in (item if isinstance(item, (list, tuple)) else [item])]
-    return all(isinstance(part, _ATOMS) and not (isinstance(part, int) and abs(part) > _LARGEST_KEY) for part in pairs)
+    return all(
+        all(map(_is_atom, item)) and len(item) == 2 if pairs and isinstance(item, (list, tuple)) else _is_atom(item)
+        for item in items
+    )

@@ -175,10 +175,10 @@ def _read_torch(path: Path) -> object:
 def _refusal(path: Path, error: Exception) -> str:
     """Why ``torch.load`` stopped, and what to do."""
     advice = "refused, and nothing in it was run; ask for torch.save(model.state_dict(), …) or a .safetensors file"
-    try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # not a zip file: the message names the first one only
-        names = re.findall(r"GLOBAL (\S+)", str(error))
+    names = re.findall(r"GLOBAL (\S+)", str(error))
+    if names:  # otherwise the file may be one that torch's own reader is not to be given
+        with contextlib.suppress(Exception):  # not a zip file: the message names the first one only
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or names
     shown = one_line(", ".join(names[:3]))
     if any(name.startswith("torch.nn.modules.") for name in names):
         return f"holds a whole pickled nn.Module, and reading one runs code ({shown}): {advice}"

@@ -141,3 +141,42 @@ def test_bytes_of_a_masked_parameter():
     flat = arena.weight, arena.mask, arena.effective, *state.values()
     parameters = sum(weight.numel() for weight in arena.weights.values())
     assert arena.grad is None and sum(tensor.nbytes for tensor in flat) / parameters < 10.1
+
+
+class Drawing(TwoHeads):
+    """Dropout that is on in eval mode too."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.1, training=True))
+
+
+def test_recomputing_what_draws_is_refused():
+    with pytest.raises(ValueError, match="awm: recompute=True can't be done for this model: it draws random numbers"):
+        run(Drawing(), recompute=True)
+
+
+def test_a_hook_that_a_measurement_leaves_doesn_t_end_the_learning_in_silence():
+    def measure(epoch, model):
+        model.network.stem.register_forward_hook(lambda *_: None)
+
+    with pytest.raises(RuntimeError, match="step_in_backward=True: a layer now has a hook"):
+        run(TwoHeads(), step_in_backward=True, on_epoch=measure)
+
+
+class Detached(TwoHeads):
+    """A layer that no loss depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return super().forward(x) + self.beside(x).mean((2, 3))[:, :4].detach()
+
+
+def test_masks_without_a_gradient_are_stepped_in_the_backward_too():
+    torch.manual_seed(0)
+    model = Detached()
+    expected = run(model, branches="concatenated", gamma=1e-3)
+    assert expected.masks["beside.mask"].max() < 1
+    assert_same(run(model, step_in_backward=True, gamma=1e-3), expected)

@@ -105,3 +105,41 @@ def test_the_command_line_plans(capsys):
     assert main([*options.split()[:-1], "1kB"]) == 1
     printed = capsys.readouterr()
     assert "most at one time" in printed.out and "doesn't fit" in printed.err and printed.err.count("\n") == 1
+
+
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Doubling(nn.Sequential):
+    """A network that no tape can run, so that segments can't be recomputed."""
+
+    def forward(self, x):
+        return super().forward(Own.apply(x))
+
+
+def test_what_a_model_refuses_is_left_out():
+    found = plan(Doubling(*deep()), memory=1, shape=(3, 16, 16), classes=4, batch_size=32)
+    assert not found.fits and "recompute" not in found.options
+
+
+def test_what_is_wrong_with_a_plan_is_one_line():
+    about = {"shape": (3, 8, 8), "classes": 4}
+    for wrong in ({"classes": 0}, {"images": 0}):
+        with pytest.raises(ValueError, match=rf"^plan: {next(iter(wrong))} must be at least 1; got 0$"):
+            plan(deep(), **{**about, **wrong})
+    for memory in (None, 1):
+        with pytest.raises(ValueError, match="awm: step_in_backward=True takes one backward"):
+            plan(deep(), memory=memory, step_in_backward=True, branches="sequential", **about)
+
+
+@pytest.mark.parametrize(("images", "batch"), [(50, 16), (400, 32), (600, 128)])
+def test_the_batch_is_what_the_method_takes_of_so_many_images(images, batch):
+    about = {"shape": (3, 16, 16), "classes": 4}
+    assert plan(deep(), images=images, **about).phases == plan(deep(), images=600, batch_size=batch, **about).phases

@@ -231,7 +231,7 @@ def test_what_is_learned_of_a_run_is_json(tmp_path):
     purify("anp", checkpoint=file, dtype=torch.bfloat16, exclude=("0",), layers=("conv", "norm"))
     _, notes = load_run(file)
     assert json.loads(json.dumps(notes)) == notes
-    assert notes["options"]["dtype"] == "bfloat16" and "device" not in notes["options"]
+    assert notes["options"]["dtype"] == "bfloat16" and notes["options"]["device"] == "cpu"
 
 
 def test_a_sweep_goes_on_run_by_run(tmp_path, monkeypatch):
@@ -255,3 +255,13 @@ def test_a_sweep_goes_on_run_by_run(tmp_path, monkeypatch):
         sweep("awm", network(), images(), runs, checkpoint=tmp_path, resume=True, **options), expected, strict=True
     ):
         assert_same(result, whole)
+
+
+def test_a_checkpoint_of_a_gpu_is_refused_on_a_cpu_with_the_reason(tmp_path):
+    path = tmp_path / "run.safetensors"
+    purify("swm", checkpoint=path)
+    tensors, notes = load_run(path)
+    notes["options"]["device"] = "cuda"
+    save_run(path, tensors, notes)
+    with pytest.raises(ValueError, match="other options: device 'cuda', now 'cpu'"):
+        purify("swm", checkpoint=path, resume=True)

@@ -115,3 +115,10 @@ def test_anp_is_swept_too(clean_data):
     alone = anp(network, clean_data, seed=4, **options)
     assert all(torch.equal(results[0].scores[name], score) for name, score in alone.scores.items())
     assert results[1].options["alpha"] == 0.5
+
+
+def test_a_checkpoint_that_must_not_be_replaced_is_found_before_the_first_run(clean_data, tmp_path, monkeypatch):
+    (tmp_path / "1.safetensors").touch()
+    monkeypatch.setattr(_algorithm, "side_by_side", lambda pairs: pytest.fail("a run has begun"))
+    with pytest.raises(ValueError, match=r"1\.safetensors exists"):
+        sweep("awm", tiny_network(), clean_data, [{}, {"seed": 1}], checkpoint=tmp_path, **OPTIONS)

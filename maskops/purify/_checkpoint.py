@@ -24,8 +24,8 @@ from maskops.purify._loop import plain_options
 from maskops.purify._masks import MaskRun
 from maskops.purify._phase import Phase
 
-_ELSEWHERE = {"device", "progress", "graphs"}
-"""Settings that may differ in the process that goes on."""
+_ELSEWHERE = {"progress", "graphs"}
+"""Settings that may differ in the process that goes on, as may which GPU it is."""
 
 _NOTES = {"phases": int, "options": dict, "now": dict, "history": dict, "seconds": dict}
 """What a checkpoint says beside its tensors."""
@@ -177,7 +177,8 @@ class Checkpoint:
 def about(algorithm: Resumable) -> dict[str, Any]:
     """What must be the same in a process that goes on."""
     run = algorithm.run
-    options = {**plain_options(algorithm.options), **plain_options(run.setting)}
+    # what a GPU draws no CPU can go on with
+    options = {**plain_options(algorithm.options), **plain_options(run.setting), "device": run.device.type}
     return {
         "method": algorithm.method,
         "model": _fingerprint(run.original.state_dict().items()),

@@ -96,6 +96,7 @@ class MaskRun(Run):
         owner_of = {id(layer.weight): name for name, layer in reversed(layers.items())}
         self._owners = {name: owner_of[id(layer.weight)] for name, layer in layers.items()}
         self._fixed: set[str] = set()
+        self.biases: dict[str, Parameter] = {}
         self._working = {name: self.model.network.get_submodule(name) for name in layers}
         weights = {name: self._working[name].weight for name in reversed(owner_of.values())}
         learned = {name: getattr(layers[name], layers[name].mask_name) for name in weights}
@@ -118,7 +119,6 @@ class MaskRun(Run):
         owners = {name: owner_of[id(layer.bias)] for name, layer in with_bias.items()}
         originals = {name: with_bias[name].bias for name in dict.fromkeys(owners.values())}
         self._shifts: MaskArena | None = None
-        self.biases: dict[str, Parameter] = {}
         if biases == "noise" and originals:
             self._shifts = MaskArena(originals, {name: torch.ones_like(bias) for name, bias in originals.items()})
             for name, owner in owners.items():
@@ -172,7 +172,7 @@ class MaskRun(Run):
 
     @contextmanager
     def frozen_masks(self) -> Iterator[None]:
-        """Within, no gradient of a mask is computed."""
+        """Within, no gradient of a mask, or of a tuned bias, is computed."""
         self._learn(False)
         try:
             yield
@@ -188,6 +188,8 @@ class MaskRun(Run):
         self.model.relu_bits = not learning
         for name, weight in self.arena.effective_weights.items():
             weight.requires_grad_(learning and name not in self._fixed)
+        for bias in self.biases.values():
+            bias.requires_grad_(learning)
 
     def step_in_backward(self, masks: MaskAdam) -> None:
         """From now on a backward steps each layer's masks as soon as their gradient is complete, which isn't kept.
@@ -238,7 +240,8 @@ class MaskRun(Run):
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
         self._drop_noise()
-        super().report(on_epoch, epoch, model)
+        with self.frozen_masks():  # no backward of a measurement reaches what is learned
+            super().report(on_epoch, epoch, model)
 
     def _drop_noise(self) -> None:
         for arena in self._noisy():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_iter
 
 from maskops.purify._algorithm import Algorithm
 from maskops.purify._fake import fake_copy
+from maskops.purify._options import settle
 from maskops.purify._phase import Phase
 from maskops.purify._sweep import ALGORITHMS
+from maskops.purify.awm import AWMOptions
 
 _EXACT = {"gate": "bits"}, {"gate": "bits", "recompute": True}
 _ROUNDED = {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}
@@ -95,16 +97,18 @@ def plan(
 
     The steps themselves run, on tensors that have shapes and no data; the model may be on the meta device. With a
     limit on it, options that save memory are added, from those that only cost time to those that round (``dtype``,
-    ``weight_dtype``), until the peak fits; then the batch is halved, down to a quarter.
+    ``weight_dtype``), until the peak fits; then a ``batch_size`` that is given is halved, down to a quarter. What the
+    method refuses for this model is left out.
 
     method:  ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
     shape:   (C, H, W) of an image
     classes: how many the model tells apart
     images:  how many clean images there will be
     memory:  the limit in bytes, such as ``24e9``; None for none
-    options: as for the method; those given here are never changed. ``branches`` and ``gate`` are a GPU's by default
+    options: as for the method; those given here are never changed, but for ``batch_size`` as said. ``branches`` and
+             ``gate`` are a GPU's by default
     returns: a :class:`Plan`, whose ``options`` can be given to the method; without ``fits`` it is the smallest found
-    errors:  ValueError for an unknown method, and as the method itself
+    errors:  ValueError for an unknown method and for no images or classes, and as the method itself
 
     >>> from maskops.models import small_vgg
     >>> found = plan(small_vgg(), shape=(3, 32, 32), classes=10, batch_size=16, layers=("conv", "linear"))
@@ -113,14 +117,23 @@ def plan(
     """
     if method not in tuple(ALGORITHMS):
         raise ValueError(f"plan: method must be one of {', '.join(ALGORITHMS)}; got {method!r}")
+    for name, count in (("classes", classes), ("images", images)):
+        if count < 1:
+            raise ValueError(f"plan: {name} must be at least 1; got {count}")
     about = {"shape": tuple(shape), "classes": classes, "images": images, "preset": preset}
-    found = None
+    smallest = None
     wide = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     for candidate in _candidates(method, options, memory is not None, wide):
-        found = _measured(model, method, candidate, **about)
+        try:
+            found = _measured(model, method, candidate, **about)
+        except ValueError:
+            if candidate == options:
+                raise
+            continue  # such as recompute=True without a tape
         if memory is None or found.peak <= memory:
             return found
-    return Plan(**{**vars(found), "fits": False})
+        smallest = min(smallest or found, found, key=lambda each: each.peak)
+    return replace(smallest, fits=False)
 
 
 def _candidates(method: str, given: Mapping[str, Any], search: bool, wide: bool) -> Iterator[dict[str, Any]]:
@@ -128,7 +141,7 @@ def _candidates(method: str, given: Mapping[str, Any], search: bool, wide: bool)
     rungs = [{**rung, **given} for rung in ladder]
     seen: list[dict[str, Any]] = []
     for rung in rungs:
-        if rung not in seen and _allowed(rung):
+        if rung not in seen and (rung == given or _allowed(rung)):
             seen.append(rung)
             yield rung
     if search and isinstance(given.get("batch_size"), int):
@@ -151,8 +164,7 @@ def _measured(
     preset: str,
 ) -> Plan:
     as_on_gpu = {"gate": "output", **({"branches": "concatenated"} if method == "awm" else {})}
-    batch = options.get("batch_size")
-    count = batch if isinstance(batch, int) else min(images, 128)
+    count = _batch_size(settle(method, ALGORITHMS[method].presets, preset, options)[0], images, shape)
     data = torch.zeros(count, *shape), torch.arange(count) % classes
     settings = {**as_on_gpu, **options, "device": "cpu", "progress": False, "batch_size": count}
     with FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
@@ -174,6 +186,13 @@ def _measured(
     kept["other"] = max(held - own - sum(kept.values()) + kept["images"], 0)
     parameters = sum(weight.numel() for weight in arena.weights.values())
     return Plan(own, kept, phases, preparation, options, parameters)
+
+
+def _batch_size(options: Any, images: int, shape: tuple[int, ...]) -> int:
+    """What the method's steps will take of so many images."""
+    if isinstance(options, AWMOptions):
+        options = options.for_images(torch.empty(images, *shape, device="meta"))
+    return min(options.batch_size, images)
 
 
 def _first_epoch(algorithm: Algorithm) -> Iterator[Phase]:

@@ -67,11 +67,15 @@ def sweep(
     for name in ("device", "tf32"):
         if any(name in own for own in runs):
             raise ValueError(f"sweep: all runs have one {name}: give it beside them")
+    files = [None if checkpoint is None else Path(checkpoint, f"{number}.safetensors") for number in range(len(runs))]
+    # found now, and not when the runs before have ended
+    taken = next((file for file in files if file is not None and not resume and file.exists()), None)
+    if taken is not None:
+        raise ValueError(f"sweep: {taken} exists: give resume=True to go on from it, or another checkpoint=")
     algorithms: list[Any] = []
     for own in runs:
         # one progress bar stands for all
         shown = {"progress": False} if algorithms else {}
         algorithms.append(ALGORITHMS[method](model, clean_data, preset, None, {**options, **own, **shown}))
         algorithms[-1].run.arena.share_weight(algorithms[0].run.arena)
-    files = [None if checkpoint is None else Path(checkpoint, f"{number}.safetensors") for number in range(len(runs))]
     return complete_together(algorithms, files, resume)

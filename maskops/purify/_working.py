@@ -176,6 +176,12 @@ class WorkingModel(PixelModel):
         """Give the tape's gradients of parameters to a function, each when it is complete."""
         self._tape.on_gradient = to
 
+    def _check_nobody_waits(self) -> None:
+        """Raise where gradients of parameters would go elsewhere than to who they are handed over to."""
+        waits = self._tape is not None and self._tape.on_gradient is not None and torch.is_grad_enabled()
+        if waits and any(parameter.requires_grad for parameter in self.network.parameters()):
+            raise RuntimeError("step_in_backward=True: a layer now has a hook or another mode than when the run began")
+
     def _probe(self, model: Callable[[Tensor], Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of images and a gradient of theirs; the same random numbers are drawn each time."""
         learned = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -199,6 +205,7 @@ class WorkingModel(PixelModel):
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
         if self._tape is None or not self._tape.fits():
+            self._check_nobody_waits()
             with lean_autograd(self.relu_bits):
                 return self.plain(images, trigger)
         shared = None

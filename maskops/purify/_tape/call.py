@@ -197,8 +197,10 @@ class Call:
         for slot in slots:
             parameter = self.parameters[slot]
             self._uses[id(parameter)] -= 1
-            if self._uses[id(parameter)] == 0 and id(parameter) in self._complete:
-                self._take(parameter, self._complete.pop(id(parameter)))
+            if self._uses[id(parameter)] == 0:
+                grad = self._complete.pop(id(parameter), None)
+                # of a parameter that the loss doesn't depend on too: a step is more than its gradient
+                self._take(parameter, torch.zeros_like(parameter) if grad is None else grad)
 
     def add_to_parameter(self, slot: int, grad: Tensor) -> None:
         """Add to a parameter's gradient: at once, or later and with others."""

@@ -157,6 +157,13 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
                 buffer.copy_(before)
 
 
+def draws(network: nn.Module, example: Tensor, precision: Callable[[], Any]) -> bool:
+    """Whether a forward of the network draws random numbers."""
+    with _random_numbers(network) as unused, untouched(network, example.device), torch.no_grad(), precision():
+        network(example.clone())
+        return not unused()
+
+
 @contextmanager
 def _random_numbers(network: nn.Module) -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether no random number has been drawn since; none has afterwards."""

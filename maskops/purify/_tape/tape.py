@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 
 from maskops.purify._tape import segments
 from maskops.purify._tape.call import Call, Casts, Plan
-from maskops.purify._tape.graph import RefusedError, traced
+from maskops.purify._tape.graph import RefusedError, draws, traced
 from maskops.purify._tape.segments import Segment
 from maskops.purify._tape.steps import Conv, plan
 from maskops.purify._tape.trace import Builder
@@ -55,6 +55,8 @@ class Tape:
         self._device = example.device.type
         precision = partial(torch.autocast, self._device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         built = Builder(traced(network, example, precision), precision)
+        if recompute and draws(network, example, precision):
+            raise RefusedError("it draws random numbers, of which a segment that runs again would draw others")
         self._modes = [(module, module.training) for module in network.modules()]
         self._steps, self._slots, self._logits, self._values = built.steps, built.slots, built.logits, built.values
         self._bits = gate == "bits" or (gate == "auto" and self._device != "cuda")
