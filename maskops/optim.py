@@ -16,8 +16,9 @@ _ops = torch.ops.maskops
 _BLOCK = 256
 """Entries that share a scale in states of eight bits."""
 
-_EIGHT_BITS = {"exp_avg": torch.uint8, "exp_avg_scale": torch.float32}
-_EIGHT_BITS |= {"exp_avg_sq": torch.uint8, "exp_avg_sq_scale": torch.float32}
+EIGHT_BITS = {"exp_avg": torch.uint8, "exp_avg_scale": torch.float32}
+EIGHT_BITS |= {"exp_avg_sq": torch.uint8, "exp_avg_sq_scale": torch.float32}
+"""Adam's moments in eight bits, and what they are multiplied by."""
 
 
 class _MaskOptimizer(torch.optim.Optimizer):
@@ -134,7 +135,7 @@ class MaskAdam(_MaskOptimizer):
             state = state_dict["state"].get(key, {})
             if any(name.endswith("_scale") for name in state):
                 for name, value in state.items():
-                    dtype = _EIGHT_BITS.get(name.rpartition(".")[2], torch.float32)
+                    dtype = EIGHT_BITS.get(name.rpartition(".")[2], torch.float32)
                     self.state[mask][name] = value.to(self.state[mask][name].device, dtype, copy=True)
 
     @torch.no_grad()
@@ -154,7 +155,7 @@ class MaskAdam(_MaskOptimizer):
         flat = grad.movedim(1, -1) if grad.dim() in (4, 5) else grad
         tensors = arena.mask[place], flat.reshape(-1), arena.weight[place], arena.effective[place]
         lower = _number(group["lower"])
-        self._compute(group, tensors, state, lower[place] if lower.dim() else lower)
+        self._compute(group, tensors, state, lower.expand_as(arena.mask)[place] if lower.dim() else lower)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         tensors, lower = (mask, grad, weight, effective), _number(group["lower"])
@@ -171,7 +172,7 @@ class MaskAdam(_MaskOptimizer):
             device = mask.device if group["capturable"] else "cpu"
             made["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state.update({f"{prefix}{name}": value for name, value in made.items()})
-        names = _EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")
+        names = EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")
         return [state[f"{prefix}{name}"] for name in (*names, "step")]
 
     def _compute(self, group: dict[str, Any], tensors: Sequence[Any], state: list[Tensor], lower: Tensor) -> None:
@@ -190,7 +191,7 @@ def _moments(mask: Tensor) -> dict[str, Tensor]:
 
 def _moments_of_eight_bits(mask: Tensor) -> dict[str, Tensor]:
     entries = {torch.uint8: mask.numel(), torch.float32: -(-mask.numel() // _BLOCK)}
-    return {name: torch.zeros(entries[dtype], dtype=dtype, device=mask.device) for name, dtype in _EIGHT_BITS.items()}
+    return {name: torch.zeros(entries[dtype], dtype=dtype, device=mask.device) for name, dtype in EIGHT_BITS.items()}
 
 
 def _flattened(mask: Tensor, *others: Tensor | None) -> list[Tensor | None]:

@@ -265,3 +265,30 @@ def test_a_checkpoint_of_a_gpu_is_refused_on_a_cpu_with_the_reason(tmp_path):
     save_run(path, tensors, notes)
     with pytest.raises(ValueError, match="other options: device 'cuda', now 'cpu'"):
         purify("swm", checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer.0.0.exp_avg_sq", None),
+        ("optimizer.0.0.step", torch.zeros((), dtype=torch.float64)),
+        ("optimizer.0.0.nonsense", torch.zeros(())),
+    ],
+)
+def test_a_state_in_pieces_is_refused(tmp_path, name, value):
+    file = tmp_path / "run.safetensors"
+    purify("awm", checkpoint=file)
+    tensors, notes = load_run(file)
+    tensors = {key: tensor for key, tensor in tensors.items() if key != name}
+    save_run(file, {**tensors, **({} if value is None else {name: value})}, notes)
+    with pytest.raises(CheckpointError, match=r"\(an optimiser's state is in pieces\)"):
+        purify("awm", checkpoint=file, resume=True)
+
+
+@pytest.mark.parametrize("options", [{"state_bits": 8}, {"state_bits": 8, "step_in_backward": True}])
+def test_states_of_eight_bits_and_of_layers_go_on(tmp_path, options):
+    expected = purify("awm", **options)
+    on_epoch, _ = stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        purify("awm", checkpoint=tmp_path / "run.safetensors", on_epoch=on_epoch, **options)
+    assert_same(purify("awm", checkpoint=tmp_path / "run.safetensors", resume=True, **options), expected)

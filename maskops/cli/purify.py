@@ -123,11 +123,11 @@ def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processe
             result = method.run(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
             if leads:
                 replaced.unlink(missing_ok=True)
-        except (ValueError, TypeError):  # of an input, before the first step
-            if leads and replaced.exists() and not unfinished.exists():
+        except BaseException as error:
+            if leads and replaced.exists() and not unfinished.exists():  # before the first step
                 os.replace(replaced, unfinished)
-            raise
-        except KeyboardInterrupt:
+            if not isinstance(error, KeyboardInterrupt):
+                raise
             left = f"--resume goes on from {unfinished}" if unfinished.exists() else "nothing was written"
             raise KeyboardInterrupt(left) from None
         place.leave()

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from maskops._text import one_line
 from maskops.checkpoint import CheckpointError, load_run, save_run
+from maskops.optim import EIGHT_BITS
 from maskops.purify._finite import is_finite
 from maskops.purify._loop import plain_options
 from maskops.purify._masks import MaskRun
@@ -29,6 +30,9 @@ _ELSEWHERE = {"progress", "graphs"}
 
 _NOTES = {"phases": int, "options": dict, "now": dict, "history": dict, "seconds": dict}
 """What a checkpoint says beside its tensors."""
+
+_MOMENTS = {"exp_avg": None, "exp_avg_sq": None}
+"""Of Adam's state, in any floating dtype."""
 
 _PAUSE = 20
 """A state is written at most once in so many times as long as writing one takes: at most 5 % of the time goes there."""
@@ -147,6 +151,8 @@ class Checkpoint:
         for name, value in self._tensors.items():
             if name not in needed and not _belongs(self._algorithm, name, value):
                 raise self._no_checkpoint(f"{one_line(name)} {tuple(value.shape)} is none of its tensors")
+        if not _are_whole({name: value.dtype for name, value in self._tensors.items() if name not in needed}):
+            raise self._no_checkpoint("an optimiser's state is in pieces")
         try:
             replace(self._algorithm.options, **notes["now"])
             for name, generator in self._algorithm.run.generators().items():
@@ -230,6 +236,23 @@ def _belongs(algorithm: Resumable, name: str, value: Tensor) -> bool:
     if "." in found[3] or found[3].endswith("_scale"):  # a layer's own, or a number for some: fewer, in a row
         return value.dim() <= 1 and value.numel() <= parameter.numel()
     return value.shape in ((), parameter.shape)
+
+
+def _are_whole(dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether the states of optimisers, by name, have all their parts, each of its dtype."""
+    states: dict[str, dict[str, torch.dtype]] = {}
+    for name, dtype in dtypes.items():
+        # a layer's own state has the layer's name before it
+        of, _, part = name.rpartition(".")
+        states.setdefault(of, {})[part] = dtype
+    kinds = [{**kind, "step": torch.float32} for kind in (_MOMENTS, EIGHT_BITS)] + [{"momentum_buffer": None}]
+    return all(any(_fit(state, kind) for kind in kinds) for state in states.values())
+
+
+def _fit(state: Mapping[str, torch.dtype], kind: Mapping[str, torch.dtype | None]) -> bool:
+    return state.keys() == kind.keys() and all(
+        dtype.is_floating_point if kind[part] is None else dtype == kind[part] for part, dtype in state.items()
+    )
 
 
 def _optimizer_states(algorithm: Resumable) -> dict[str, Tensor]:
