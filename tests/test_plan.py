@@ -54,7 +54,7 @@ def test_a_plan_is_what_a_run_needs(method, options, name="small_vgg"):
     assert planned.kept["weights"] == kept["weights"]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "shufflenet_v2"])
 def test_a_plan_of_other_networks(name):
     test_a_plan_is_what_a_run_needs("awm", {}, name)
 
@@ -102,7 +102,7 @@ def test_the_command_line_plans(capsys):
     options = "plan --arch small_vgg --shape 3,32,32 --classes 10 --batch-size 16 --memory 10GB"
     assert main(options.split()) == 0
     assert "most at one time" in capsys.readouterr().out
-    assert main([*options.split()[:-1], "1kB"]) == 1
+    assert main([*options.split()[:-1], "1kB", "--method", "nft"]) == 1
     printed = capsys.readouterr()
     assert "most at one time" in printed.out and "doesn't fit" in printed.err and printed.err.count("\n") == 1
 
