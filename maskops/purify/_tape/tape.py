@@ -132,9 +132,9 @@ class Tape:
         values = call.values
         values[0] = images
         *early, last = self._segments_of(call.plan)
-        with call.planned(self._nothing):
-            for number, segment in enumerate(early):
-                call.inputs[number] = [values[value] for value in segment.inputs]
+        for number, segment in enumerate(early):
+            call.inputs[number] = [values[value] for value in segment.inputs]
+            with call.planned(self._nothing):
                 _run(segment, call)
         _run(last, call)
         logits, values[self._logits] = values[self._logits], None
