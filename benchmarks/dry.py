@@ -108,7 +108,9 @@ def without_memory() -> Iterator[None]:
     """
     copying = mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True)
     moving = mock.patch.object(nn.Module, "_apply", _in_place)
-    with copying, moving, FakeTensorMode(), _Ones():
+    # it draws until no number is too large, which would be for ever
+    drawing = mock.patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor)
+    with copying, moving, drawing, FakeTensorMode(allow_non_fake_inputs=True), _Ones():
         yield
 
 
@@ -128,7 +130,7 @@ def _in_place(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Mod
 
 class _Ones(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
         return func(*args, **(kwargs or {}))
 

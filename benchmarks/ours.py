@@ -13,6 +13,7 @@ from benchmarks.neurons import ETA, signs
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, Problem, adam_state, result
 from maskops.arena import _views
 from maskops.purify._draws import Batch
+from maskops.purify._fake import has_data, on_host
 from maskops.purify._phase import Phase
 from maskops.purify.anp import ANP
 from maskops.purify.awm import AWM
@@ -24,14 +25,13 @@ class _Ours:
 
     saves_itself = True
     """What is kept for the backward is kept beside autograd, where nobody counts it."""
-    needs_memory = True
 
     def __init__(self, problem: Problem, algorithm: Callable[..., Any], **options: Any) -> None:
         self.problem = problem
         options |= {"device": problem.device, "batch_size": problem.indices.shape[1], "progress": False}
         options |= {} if problem.dtype == torch.float32 else {"dtype": problem.dtype}
         options |= {"gate": "output"} if problem.as_gpu else {}
-        self.algorithm = algorithm(problem.model, (problem.images, problem.labels), "official", None, options)
+        self.algorithm = algorithm(problem.model, _clean_data(problem), "official", None, options)
         self.run = self.algorithm.run
         self.phases: dict[str, Phase] = {}
         self._next: dict[str, int] = {}
@@ -72,6 +72,14 @@ class _Ours:
         kept = self.algorithm.masks.state[arena.mask]
         for name, value in state.items():
             kept.setdefault(name, value).copy_(value)
+
+
+def _clean_data(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The problem's; where tensors have no memory others of that size, for a run looks at its images on the host."""
+    if has_data():
+        return problem.images, problem.labels
+    with on_host():
+        return torch.zeros(problem.images.shape), torch.zeros(problem.labels.shape, dtype=problem.labels.dtype)
 
 
 class Maskops(_Ours):
