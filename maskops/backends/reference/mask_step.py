@@ -3,9 +3,9 @@
 ``totals``, where given, become sum|mask - toward| of the new mask and the numbers of its entries at ``lower`` and at
 ``upper``.
 
-With ``stochastic_from`` a flat mask becomes bfloat16 numbers by chance, up or down by how near each is: to the nearest, all
-steps would be lost that are smaller than half of what such numbers tell apart. The chance is a hash of the step's count
-and the entry's place, counted from ``stochastic_from``, so all backends round alike.
+With ``stochastic_from`` a flat mask becomes bfloat16 numbers by chance, up or down by how near each is: to the nearest,
+all steps would be lost that are smaller than half of what such numbers tell apart. The chance is a hash of the step's
+count and the entry's place, counted from ``stochastic_from``, so all backends round alike.
 """
 
 from __future__ import annotations
