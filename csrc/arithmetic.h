@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include <cuda_runtime.h>
 
@@ -43,10 +44,30 @@ struct Adam {
 // What a step's count makes of the learning rate and of the second moments' roots: the bias corrections.
 struct AdamScales {
   float step_size, root_scale;
+  uint32_t count;
 };
 
 __host__ __device__ inline AdamScales adam_scales(double count, double lr, double beta1, double beta2) {
-  return {static_cast<float>(lr / (1 - pow(beta1, count))), static_cast<float>(1 / sqrt(1 - pow(beta2, count)))};
+  return {static_cast<float>(lr / (1 - pow(beta1, count))), static_cast<float>(1 / sqrt(1 - pow(beta2, count))),
+          static_cast<uint32_t>(count)};
+}
+
+// 16 bits that a hash (lowbias32) makes of an entry's place and a step's count.
+__host__ __device__ inline uint32_t chance(uint32_t entry, uint32_t count) {
+  uint32_t bits = entry ^ (count * 0x9e3779b9u);
+  bits = (bits ^ (bits >> 16)) * 0x7feb352du;
+  bits = (bits ^ (bits >> 15)) * 0x846ca68bu;
+  return (bits ^ (bits >> 16)) & 0xffffu;
+}
+
+// The bfloat16 above or below: the nearer it is, the more of all chances lead to it.
+__host__ __device__ inline float rounded_by(uint32_t chance, float value) {
+  if (!(fabsf(value) <= FLT_MAX)) return value;
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(value));
+  bits = (bits + chance) & 0xffff0000u;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 __host__ __device__ inline void average_moments(float grad, const Adam& adam, float& first, float& second) {

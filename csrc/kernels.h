@@ -101,6 +101,8 @@ struct MaskStepArguments {
   double upper;
   View totals;
   double* workspace;  // of mask_step_workspace() entries, where there are totals or where a step or lr is on the device
+  int64_t stochastic_from =
+      -1;  // the place of the first entry of a mask that is rounded to bfloat16 by chance; or none
 };
 
 struct AdamArguments {

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(elementwise_threads, 2)
     } else if (step.lower_of_each) {
       load_each(step.lower_of_each, space, index, staged, low);
     }
-    step.apply_bounds(m, w, low, present);
+    step.apply_bounds(m, w, low, present, index, scales.count);
     if (together) {
       put(step.mask, space, index, m);
       put(step.effective, space, index, w);

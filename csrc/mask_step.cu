@@ -39,7 +39,7 @@ struct AdamStep : MaskStep {
     }
     put(exp_avg, space, index, first);
     put(exp_avg_sq, space, index, second);
-    finish_entries(space, index, m, w);
+    finish_entries(space, index, m, w, scales.count);
   }
 };
 
@@ -127,7 +127,7 @@ void finish_totals(const MaskStepArguments& arguments, unsigned blocks, cudaStre
   launch<sum_totals>({dim3(1), dim3(elementwise_threads), stream}, partials_of(arguments), blocks, totals.operands[0]);
 }
 
-int64_t mask_step_workspace() { return 1 + int64_t{totals_count} * most_blocks(); }
+int64_t mask_step_workspace() { return scales_entries + int64_t{totals_count} * most_blocks(); }
 
 void mask_adam_step(const MaskStepArguments& arguments, const View& exp_avg, const View& exp_avg_sq,
                     const AdamArguments& adam, cudaStream_t stream) {

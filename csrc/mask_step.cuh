@@ -33,6 +33,7 @@ struct MaskStep {
   Given lower;
   float l1, toward, upper;
   double* partials;  // the totals of each block, one after the other; or none
+  int64_t stochastic_from;
   double distance = 0;
   int at_lower = 0, at_upper = 0;
 
@@ -46,7 +47,8 @@ struct MaskStep {
         l1(static_cast<float>(arguments.l1)),
         toward(static_cast<float>(arguments.toward)),
         upper(static_cast<float>(arguments.upper)),
-        partials(partials) {}
+        partials(partials),
+        stochastic_from(arguments.stochastic_from) {}
 
   __device__ float gradient(float m, float g, float w) const {
     return mask_gradient(m, weight ? g * w : g, l1, toward);
@@ -54,22 +56,27 @@ struct MaskStep {
 
   // Applies the bounds to the masks that the optimiser has made, and stores them and the effective weights.
   template <int width>
-  __device__ void finish_entries(const Space& space, int64_t index, float (&m)[width], float (&w)[width]) {
+  __device__ void finish_entries(const Space& space, int64_t index, float (&m)[width], float (&w)[width],
+                                 uint32_t count = 0) {
     float low[width];  // fetched late, for there seldom are any, and registers are short
     unpack(fetch<width>(lower_of_each, space, index), lower_of_each.dtype, low);
-    apply_bounds(m, w, low, width);
+    apply_bounds(m, w, low, width, index, count);
     put(mask, space, index, m);
     put(effective, space, index, w);
   }
 
   // The masks within their bounds, as their dtype keeps them, and the effective weights in place of the weights.
   template <int width>
-  __device__ void apply_bounds(float (&m)[width], float (&w)[width], const float (&low)[width], int present) {
+  __device__ void apply_bounds(float (&m)[width], float (&w)[width], const float (&low)[width], int present,
+                               int64_t index, uint32_t count) {
     const float low_of_all = lower_of_each ? 0.0f : lower.value();
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       const float bound = lower_of_each ? low[k] : low_of_all;
-      m[k] = rounded(into_bounds(m[k], bound, upper), mask.dtype);
+      m[k] = into_bounds(m[k], bound, upper);
+      const auto entry = static_cast<uint32_t>(stochastic_from + index + k);
+      if (stochastic_from >= 0) m[k] = rounded_by(chance(entry, count), m[k]);
+      m[k] = rounded(m[k], mask.dtype);
       w[k] *= m[k];
       if (partials && k < present) {
         distance += fabs(static_cast<double>(m[k]) - toward);
@@ -95,9 +102,11 @@ const AdamScales* count_step(const AdamArguments& adam, double* workspace, AdamS
 // So many blocks may have totals.
 inline unsigned most_blocks() { return 8 * static_cast<unsigned>(processors()); }
 
-// The partial sums come after the scales.
+// Entries of the workspace that hold the scales; the partial sums come after them.
+constexpr int scales_entries = sizeof(AdamScales) / sizeof(double) + 1;
+
 inline double* partials_of(const MaskStepArguments& arguments) {
-  return arguments.totals ? arguments.workspace + 1 : nullptr;
+  return arguments.totals ? arguments.workspace + scales_entries : nullptr;
 }
 
 // Adds the blocks' totals up.

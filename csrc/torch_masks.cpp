@@ -112,9 +112,10 @@ struct MaskStep {
   OptionalTensor workspace;
 
   MaskStep(const Tensor& mask, const Tensor& grad, const OptionalTensor& weight, const OptionalTensor& effective,
-           double l1, double toward, const Tensor& lower, double upper, const OptionalTensor& totals)
-      : arguments{view(mask), view(grad), view(weight), view(effective), l1,     toward,
-                  {},         {},         upper,        view(totals),    nullptr} {
+           double l1, double toward, const Tensor& lower, double upper, const OptionalTensor& totals,
+           std::optional<int64_t> stochastic_from = std::nullopt)
+      : arguments{view(mask), view(grad), view(weight), view(effective), l1,      toward,
+                  {},         {},         upper,        view(totals),    nullptr, stochastic_from.value_or(-1)} {
     if (lower.numel() == 1) {
       arguments.lower = number(lower);
     } else {
@@ -140,9 +141,10 @@ struct MaskStep {
 
 void mask_adam_step_(Tensor mask, const Tensor& grad, const OptionalTensor& weight, OptionalTensor effective,
                      Tensor exp_avg, Tensor exp_avg_sq, Tensor step, const Tensor& lr, double beta1, double beta2,
-                     double eps, double l1, double toward, const Tensor& lower, double upper, OptionalTensor totals) {
+                     double eps, double l1, double toward, const Tensor& lower, double upper, OptionalTensor totals,
+                     std::optional<int64_t> stochastic_from) {
   const Device device(mask);
-  MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals);
+  MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals, stochastic_from);
   const maskops::AdamArguments adam = all.adam(mask, step, lr, beta1, beta2, eps);
   maskops::mask_adam_step(all.arguments, view(exp_avg), view(exp_avg_sq), adam, device.stream());
 }
@@ -150,10 +152,11 @@ void mask_adam_step_(Tensor mask, const Tensor& grad, const OptionalTensor& weig
 void mask_adam8bit_step_(Tensor mask, const Tensor& grad, const OptionalTensor& weight, OptionalTensor effective,
                          Tensor exp_avg, Tensor exp_avg_scale, Tensor exp_avg_sq, Tensor exp_avg_sq_scale, Tensor step,
                          const Tensor& lr, double beta1, double beta2, double eps, double l1, double toward,
-                         const Tensor& lower, double upper, OptionalTensor totals) {
+                         const Tensor& lower, double upper, OptionalTensor totals,
+                         std::optional<int64_t> stochastic_from) {
   STD_TORCH_CHECK(mask.dim() == 1, "mask_adam8bit_step_: expected flat tensors; got ", mask.dim(), " dimensions");
   const Device device(mask);
-  MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals);
+  MaskStep all(mask, grad, weight, effective, l1, toward, lower, upper, totals, stochastic_from);
   const maskops::AdamArguments adam = all.adam(mask, step, lr, beta1, beta2, eps);
   maskops::mask_adam8bit_step(all.arguments, view(exp_avg), view(exp_avg_scale), view(exp_avg_sq),
                               view(exp_avg_sq_scale), adam, device.stream());
@@ -195,12 +198,12 @@ std::vector<Op> mask_ops() {
        TORCH_BOX(&arena_mask_grad)},
       {"mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) "
        "exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float "
-       "l1, float toward, Tensor lower, float upper, Tensor(f!)? totals=None) -> ()",
+       "l1, float toward, Tensor lower, float upper, Tensor(f!)? totals=None, int? stochastic_from=None) -> ()",
        TORCH_BOX(&mask_adam_step_)},
       {"mask_adam8bit_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) "
        "exp_avg, Tensor(d!) exp_avg_scale, Tensor(e!) exp_avg_sq, Tensor(f!) exp_avg_sq_scale, Tensor(g!) step, "
        "Tensor lr, float beta1, float beta2, float eps, float l1, float toward, Tensor lower, float upper, "
-       "Tensor(h!)? totals=None) -> ()",
+       "Tensor(h!)? totals=None, int? stochastic_from=None) -> ()",
        TORCH_BOX(&mask_adam8bit_step_)},
       {"mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!)? "
        "momentum_buffer, Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper, "

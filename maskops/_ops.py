@@ -51,11 +51,11 @@ _SCHEMAS = (
     "project_onto_l1_ball(Tensor input, float radius) -> Tensor",
     "mask_adam_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
     "Tensor(d!) exp_avg_sq, Tensor(e!) step, Tensor lr, float beta1, float beta2, float eps, float l1, float toward, "
-    "Tensor lower, float upper, Tensor(f!)? totals=None) -> ()",
+    "Tensor lower, float upper, Tensor(f!)? totals=None, int? stochastic_from=None) -> ()",
     "mask_adam8bit_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!) exp_avg, "
     "Tensor(d!) exp_avg_scale, Tensor(e!) exp_avg_sq, Tensor(f!) exp_avg_sq_scale, Tensor(g!) step, Tensor lr, "
     "float beta1, float beta2, float eps, float l1, float toward, Tensor lower, float upper, "
-    "Tensor(h!)? totals=None) -> ()",
+    "Tensor(h!)? totals=None, int? stochastic_from=None) -> ()",
     "mask_sgd_step_(Tensor(a!) mask, Tensor grad, Tensor? weight, Tensor(b!)? effective, Tensor(c!)? momentum_buffer, "
     "Tensor lr, float momentum, float l1, float toward, Tensor lower, float upper, Tensor(d!)? totals=None) -> ()",
     f"arena_effective_weight_(Tensor(a!) effective, {_LAYER}, Tensor table, int[] layers) -> ()",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,11 +88,15 @@ class MaskAdam(_MaskOptimizer):
                 tensor on that device when it changes, and lower too
     state_bits: 8 keeps both moments in eight bits and a float32 scale for every 256 entries: 2.03 bytes a mask entry
                 instead of the 8 of float32. A gradient that isn't finite makes its 256 entries NaN at the next step
+    dtypes:     masks of any floating dtype. Those of bfloat16 have float32 moments and are rounded by chance, up or
+                down by how near each is: on average they move as float32 masks do, where rounding to the nearest would
+                lose all steps below 0.001. The chance is a hash of the step's count and the entry's place
     errors:     ValueError, also for a group, for negative lr or l1, for lower > upper and for other state_bits than 8
-                and 32; in a step with 8, for a mask that doesn't fill its memory, such as a slice
+                and 32; in a step with 8 or on bfloat16, for a mask that doesn't fill its memory, such as a slice
     source:     AWM's outer step as published: Adam (Kingma & Ba 2015) and ``clamp_(0, 1)``; its Algorithm 1, lines 12
                 and 13, writes plain gradient steps. Eight bits: block-wise dynamic quantisation (Dettmers et al. 2022),
-                but with blocks of 256 entries where the paper has 2048, and no second moment above 0 becomes 0
+                but with blocks of 256 entries where the paper has 2048, and no second moment above 0 becomes 0.
+                Rounding by chance: Gupta et al. 2015, Deep Learning with Limited Numerical Precision, section 2.1
 
     >>> mask = torch.nn.Parameter(torch.ones(2))
     >>> optimizer = MaskAdam([mask], lr=0.1)
@@ -128,15 +133,11 @@ class MaskAdam(_MaskOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what ``state_dict()`` of an optimiser over the same masks gave, with as many bits as that one."""
         super().load_state_dict(state_dict)
-        # torch has cast everything to the masks' dtype
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         masks = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for key, mask in zip(saved, masks, strict=True):
-            state = state_dict["state"].get(key, {})
-            if any(name.endswith("_scale") for name in state):
-                for name, value in state.items():
-                    dtype = EIGHT_BITS.get(name.rpartition(".")[2], torch.float32)
-                    self.state[mask][name] = value.to(self.state[mask][name].device, dtype, copy=True)
+            for name, value in state_dict["state"].get(key, {}).items():  # which torch has cast to the mask's dtype
+                self.state[mask][name] = value.to(self.state[mask][name].device, copy=True)
 
     @torch.no_grad()
     def step_layer(self, name: str, grad: Tensor) -> None:
@@ -155,11 +156,12 @@ class MaskAdam(_MaskOptimizer):
         flat = grad.movedim(1, -1) if grad.dim() in (4, 5) else grad
         tensors = arena.mask[place], flat.reshape(-1), arena.weight[place], arena.effective[place]
         lower = _number(group["lower"])
-        self._compute(group, tensors, state, lower.expand_as(arena.mask)[place] if lower.dim() else lower)
+        lower = lower.expand_as(arena.mask)[place] if lower.dim() else lower
+        self._compute(group, tensors, state, lower, place.start)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         tensors, lower = (mask, grad, weight, effective), _number(group["lower"])
-        if group["state_bits"] == 8:
+        if group["state_bits"] == 8 or _is_rounded_by_chance(mask):
             *tensors, lower_of_each = _flattened(*tensors, lower if lower.dim() else None)
             lower = lower if lower_of_each is None else lower_of_each
         self._compute(group, tensors, self._state(group, key, mask), lower)
@@ -175,18 +177,29 @@ class MaskAdam(_MaskOptimizer):
         names = EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")
         return [state[f"{prefix}{name}"] for name in (*names, "step")]
 
-    def _compute(self, group: dict[str, Any], tensors: Sequence[Any], state: list[Tensor], lower: Tensor) -> None:
+    def _compute(
+        self, group: dict[str, Any], tensors: Sequence[Any], state: list[Tensor], lower: Tensor, first_entry: int = 0
+    ) -> None:
         if state[-1].device.type == "cpu" and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("MaskAdam: a step in a CUDA graph counts on the device; give capturable=True")
         op = _ops.mask_adam8bit_step_ if group["state_bits"] == 8 else _ops.mask_adam_step_
         op(
             *(*tensors, *state, _number(group["lr"]), *group["betas"], group["eps"]),
             *(group["l1"], group["toward"], lower, group["upper"]),
+            stochastic_from=first_entry if _is_rounded_by_chance(tensors[0]) else None,
         )
 
 
+def _is_rounded_by_chance(mask: Tensor) -> bool:
+    return mask.dtype == torch.bfloat16
+
+
 def _moments(mask: Tensor) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(mask, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+    if _is_rounded_by_chance(mask):
+        made = partial(torch.zeros, mask.numel(), dtype=torch.float32, device=mask.device)
+    else:
+        made = partial(torch.zeros_like, mask, memory_format=torch.preserve_format)
+    return {name: made() for name in ("exp_avg", "exp_avg_sq")}
 
 
 def _moments_of_eight_bits(mask: Tensor) -> dict[str, Tensor]:
@@ -199,7 +212,7 @@ def _flattened(mask: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     order = sorted(range(mask.dim()), key=lambda d: (mask.stride(d), mask.shape[d]), reverse=True)
     if not mask.permute(order).is_contiguous():
         raise ValueError(
-            "MaskAdam: with state_bits=8 a mask must fill its memory; "
+            "MaskAdam: a mask of bfloat16, or with state_bits=8, must fill its memory; "
             f"got shape {tuple(mask.shape)} and strides {mask.stride()}"
         )
     return [

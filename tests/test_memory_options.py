@@ -115,6 +115,16 @@ def test_states_of_eight_bits_are_near_those_of_32(method):
         assert (result.masks[name] - mask).abs().mean() < 0.01, name
 
 
+@pytest.mark.parametrize("method", [awm, swm])
+def test_masks_of_sixteen_bits_are_near_those_of_32(method):
+    expected, result = run(network(), method), run(network(), method, mask_bits=16)
+    for name, mask in expected.masks.items():
+        assert result.masks[name].dtype == torch.bfloat16
+        assert (result.masks[name] - mask).abs().mean() < 0.01, name
+        assert (result.masks[name] < 1).any()
+    assert all(weight.dtype == torch.float32 for weight in result.model.parameters())
+
+
 def test_weights_of_sixteen_bits_are_exact_where_they_are_such_numbers():
     model = TwoHeads()
     for parameter in model.parameters():

@@ -300,7 +300,7 @@ def test_eight_bits_of_state_need_masks_that_fill_their_memory():
     mask.grad = torch.ones(6, 2)
     with pytest.raises(ValueError) as error:
         MaskAdam([mask], state_bits=8).step()
-    expected = "with state_bits=8 a mask must fill its memory; got shape (6, 2) and strides (4, 2)"
+    expected = "a mask of bfloat16, or with state_bits=8, must fill its memory; got shape (6, 2) and strides (4, 2)"
     assert str(error.value) == f"MaskAdam: {expected}"
 
 

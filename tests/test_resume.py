@@ -285,7 +285,7 @@ def test_a_state_in_pieces_is_refused(tmp_path, name, value):
         purify("awm", checkpoint=file, resume=True)
 
 
-@pytest.mark.parametrize("options", [{"state_bits": 8}, {"state_bits": 8, "step_in_backward": True}])
+@pytest.mark.parametrize("options", [{"state_bits": 8, "mask_bits": 16}, {"state_bits": 8, "step_in_backward": True}])
 def test_states_of_eight_bits_and_of_layers_go_on(tmp_path, options):
     expected = purify("awm", **options)
     on_epoch, _ = stop_after(2)

@@ -130,6 +130,9 @@ def _steps(dtype: torch.dtype) -> Iterator[Case]:
         given = m, m.clone(), w, effective
         adam = m.clone(), m.clone(), step.clone(), step, *betas, l1, 1.0, low, 1.0, total
         yield _case(dtype, f"Adam {words}", "mask_adam_step_", *given, *adam)
+        if dtype == torch.bfloat16:
+            adam = m.float(), m.float(), *adam[2:], 0
+            yield _case(dtype, f"Adam {words}, rounded by chance", "mask_adam_step_", *given, *adam)
         momentum = None if l1 == 0.0 else m.clone()
         sgd = momentum, step, 0.9, l1, 1.0, low, 1.0, total
         yield _case(dtype, f"SGD {words}", "mask_sgd_step_", *given, *sgd)

@@ -42,6 +42,7 @@ class MaskRun(Run):
                       own stay as they are in any case
     biases:           None; ``"noise"``: the masked layers' biases are perturbed where the weights are; or ``"tune"``:
                       they are parameters to be learned, in :attr:`biases`
+    mask_bits:        16 for masks in bfloat16; 32 for the weights' dtype, or float32 over weights that are kept in less
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MaskRun(Run):
         batch_statistics: bool = False,
         track_statistics: bool = False,
         biases: str | None = None,
+        mask_bits: int = 32,
         within: bool = False,
     ) -> None:
         self.team = ALONE if within else team_of(method)
@@ -67,7 +69,7 @@ class MaskRun(Run):
             layers, exclude = _chosen(network, setting)
             mask_(self._masked, setting.granularity, setting.include, exclude, layers)
             self._track_statistics = batch_statistics and track_statistics
-            self._prepare(network, setting, fold=not batch_statistics and biases is None)
+            self._prepare(network, setting, mask_bits, fold=not batch_statistics and biases is None)
             self._prepare_biases(biases)
             self.check_labels(self.model)
         self.model.train(batch_statistics)
@@ -84,7 +86,7 @@ class MaskRun(Run):
         self._perturbing = False
         self._shares_of: dict[tuple, Tensor] = {}
 
-    def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
+    def _prepare(self, network: nn.Module, setting: MaskSetting, mask_bits: int, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
         layers = masked_layers(self._masked)
         example = self.images[:2]
@@ -106,6 +108,8 @@ class MaskRun(Run):
         if setting.weight_dtype is not None:
             weights = {name: weight.to(setting.weight_dtype) for name, weight in weights.items()}
             learned = {name: mask.float() for name, mask in learned.items()}
+        if mask_bits == 16:
+            learned = {name: mask.bfloat16() for name, mask in learned.items()}
         self.arena = MaskArena(weights, learned, low)
         _set_masks(self._masked, self._owners, self.arena.masks)
         for name, owner in self._owners.items():

@@ -44,6 +44,7 @@ class AWMOptions:
     project_every_step: after every ascent step; otherwise once, after the last
     trigger_penalty: weight of -‖Δ‖₂ in the inner objective (D.6, which prints a plus: that would reward large triggers)
     clamp:         clamp x + Δ to [0, 1] in the outer phase
+    mask_bits:     32, or 16 for masks in bfloat16, rounded by chance in each step: see :class:`maskops.optim.MaskAdam`
     state_bits:    32, or 8 for Adam's moments in eight bits each: see :class:`maskops.optim.MaskAdam`
     step_in_backward: step each layer's masks in the backward itself, as soon as their gradient is complete, so that no
                    gradient of the whole model exists; for masks of weights and branches as one batch; same result
@@ -69,6 +70,7 @@ class AWMOptions:
     project_every_step: bool = False
     trigger_penalty: float = 0.0
     clamp: bool = False
+    mask_bits: int = 32
     state_bits: int = 32
     step_in_backward: bool = False
     branches: str = "auto"
@@ -83,6 +85,7 @@ class AWMOptions:
             number("awm", self, name, int, 1)
         for name in ("inner_steps", "outer_steps", "batch_size"):
             number("awm", self, name, int, 1, auto=True)
+        choice("awm", self, "mask_bits", (16, 32))
         choice("awm", self, "state_bits", (8, 32))
         choice("awm", self, "inner_labels", ("true", "predicted"))
         choice("awm", self, "projection", ("rescale", "project", "l2", "none"))
@@ -188,7 +191,7 @@ class AWM(Algorithm):
     method, presets = "awm", PRESETS
 
     def prepare(self, model: nn.Module, clean_data: Any, options: AWMOptions, setting: MaskSetting) -> None:
-        self.run = MaskRun("awm", model, clean_data, setting)
+        self.run = MaskRun("awm", model, clean_data, setting, mask_bits=options.mask_bits)
         self.options = options.for_images(self.run.images)
         self.lr = self.run.varying(options.lr)
         how = {"l1": options.gamma, "capturable": True, "state_bits": options.state_bits}

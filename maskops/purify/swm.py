@@ -31,6 +31,7 @@ class SWMOptions:
     batch_size: at most n
     lr:         of Adam on the masks
     lr_decay:   factor on lr, once every ``lr_decay_epochs`` epochs
+    mask_bits:  32, or 16 for masks in bfloat16, rounded by chance in each step: see :class:`maskops.optim.MaskAdam`
     state_bits: 32, or 8 for Adam's moments in eight bits each: see :class:`maskops.optim.MaskAdam`
     """
 
@@ -44,9 +45,11 @@ class SWMOptions:
     lr: float = 0.01
     lr_decay: float = 0.1
     lr_decay_epochs: int = 50
+    mask_bits: int = 32
     state_bits: int = 32
 
     def __post_init__(self) -> None:
+        choice("swm", self, "mask_bits", (16, 32))
         choice("swm", self, "state_bits", (8, 32))
         number("swm", self, "alpha", float, 0, 1)
         number("swm", self, "beta", float, 0, auto=True)
@@ -103,7 +106,7 @@ class SWM(Algorithm):
 
     def prepare(self, model: nn.Module, clean_data: Any, options: SWMOptions, setting: MaskSetting) -> None:
         self.options = options
-        self.run = MaskRun("swm", model, clean_data, setting)
+        self.run = MaskRun("swm", model, clean_data, setting, mask_bits=options.mask_bits)
         self.beta = 1 - options.alpha if options.beta == "auto" else options.beta
         self.lr = self.run.varying(options.lr)
         self.masks = MaskAdam(self.run.arena, self.lr, capturable=True, state_bits=options.state_bits)

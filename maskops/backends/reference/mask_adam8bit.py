@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskops.backends.reference.mask_step import clip_and_apply, count_and_scale, mask_gradient, mask_totals
+from maskops.backends.reference.mask_step import count_and_scale, mask_gradient, mask_totals, store
 
 BLOCK = 256
 """Entries that share a scale."""
@@ -13,7 +13,7 @@ BLOCK = 256
 
 def mask_adam8bit_step_(
     mask, grad, weight, effective, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, step, lr, beta1, beta2, eps,
-    l1, toward, lower, upper, totals=None,
+    l1, toward, lower, upper, totals=None, stochastic_from=None,
 ) -> None:  # fmt: skip
     """``mask_adam_step_`` over flat tensors, its moments stored as codes of a number in [-1, 1] and a block's scale.
 
@@ -32,8 +32,8 @@ def mask_adam8bit_step_(
     g = mask_gradient(m, grad, weight, l1, toward)
     first.lerp_(g, 1 - beta1)
     second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    mask.copy_(m - first / second.sqrt().div_(correction).add_(eps) * step_size)
-    clip_and_apply(mask, weight, effective, lower, upper)
+    exact = m - first / second.sqrt().div_(correction).add_(eps) * step_size
+    store(exact, mask, weight, effective, lower, upper, step, stochastic_from)
     quantise_(exp_avg, exp_avg_scale, first, True)
     quantise_(exp_avg_sq, exp_avg_sq_scale, second, False)
     if totals is not None:

@@ -2,6 +2,10 @@
 
 ``totals``, where given, become sum|mask - toward| of the new mask and the numbers of its entries at ``lower`` and at
 ``upper``.
+
+With ``stochastic_from`` a flat mask becomes bfloat16 numbers by chance, up or down by how near each is: to the nearest,
+all steps would be lost that are smaller than half of what such numbers tell apart. The chance is a hash of the step's
+count and the entry's place, counted from ``stochastic_from``, so all backends round alike.
 """
 
 from __future__ import annotations
@@ -18,19 +22,22 @@ _BLOCK = 1 << 17
 
 def mask_adam_step_(
     mask, grad, weight, effective, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, l1, toward, lower, upper,
-    totals=None,
+    totals=None, stochastic_from=None,
 ) -> None:  # fmt: skip
     """Adam (Kingma & Ba 2015, Algorithm 1) on ``grad * weight + l1 * sign(mask - toward)``, clip, effective weight.
 
     ``step`` counts on the device, so that the step can be captured in a CUDA graph: exactly, up to 2**24 in float32.
     """
     step_size, correction = count_and_scale(step, lr, beta1, beta2)
+    start = stochastic_from
     for m, g, w, e, first, second, low in _blocks(mask, grad, weight, effective, exp_avg, exp_avg_sq, lower):
-        g = mask_gradient(m, g, w, l1, toward)
+        exact = m.to(torch.promote_types(m.dtype, first.dtype))
+        g = mask_gradient(exact, g, w, l1, toward)
         first.lerp_(g, 1 - beta1)
         second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        m.sub_(first / second.sqrt().div_(correction).add_(eps) * step_size)
-        clip_and_apply(m, w, e, low, upper)
+        exact.sub_(first / second.sqrt().div_(correction).add_(eps) * step_size)
+        store(exact, m, w, e, low, upper, step, start)
+        start = None if start is None else start + len(m)
     if totals is not None:
         totals.copy_(mask_totals(mask, toward, lower, upper))
 
@@ -44,7 +51,7 @@ def mask_sgd_step_(
         if buffer is not None:
             g = buffer.mul_(momentum).add_(g)
         m.sub_(g * lr)
-        clip_and_apply(m, w, e, low, upper)
+        store(m, m, w, e, low, upper)
     if totals is not None:
         totals.copy_(mask_totals(mask, toward, lower, upper))
 
@@ -84,8 +91,16 @@ def mask_gradient(mask: Tensor, grad: Tensor, weight: Tensor | None, l1: float, 
     return grad + l1 * (mask - toward if toward else mask).sign()
 
 
-def clip_and_apply(mask: Tensor, weight: Tensor | None, effective: Tensor | None, lower: Tensor, upper: float) -> None:
-    torch.maximum(mask.clamp_(max=upper), lower, out=mask)
+def store(
+    exact: Tensor, mask: Tensor, weight: Tensor | None, effective: Tensor | None, lower: Tensor, upper: float,
+    count: Tensor | None = None, stochastic_from: int | None = None,
+) -> None:  # fmt: skip
+    """The new mask within its bounds, as its dtype keeps it, and the effective weight that it makes."""
+    torch.maximum(exact.clamp_(max=upper), lower, out=exact)
+    if stochastic_from is not None:
+        mask.copy_(rounded_by_chance(exact, count, stochastic_from))
+    elif exact is not mask:
+        mask.copy_(exact)
     if effective is not None:
         torch.mul(weight, mask, out=effective)
 
@@ -94,3 +109,20 @@ def mask_totals(mask: Tensor, toward: float, lower: Tensor, upper: float) -> Ten
     """sum|mask - toward|, and how many entries are at their lower bound and at the upper one."""
     counts = (mask == lower.to(mask.dtype)).sum(), (mask == upper).sum()
     return torch.stack([(mask.double() - toward).abs().sum(), *(count.double() for count in counts)])
+
+
+def rounded_by_chance(values: Tensor, count: Tensor, start: int) -> Tensor:
+    """Flat float32 numbers as bfloat16: of its two neighbours one by chance, the nearer one more often."""
+    chance = chances(len(values), count.to(values.device), start)
+    bits = values.float().view(torch.int32)
+    rounded = ((bits + chance) & -(1 << 16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).bfloat16()
+
+
+def chances(entries: int, count: Tensor, start: int) -> Tensor:
+    """For each entry 16 bits that a hash (Wellons 2018, lowbias32) makes of its place and of a step's count."""
+    bits = torch.arange(start, start + entries, device=count.device) ^ (count.long() * 0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        bits = bits & 0xFFFFFFFF
+        bits = (bits ^ (bits >> shift)) * factor
+    return (bits & 0xFFFF).int()

@@ -18,12 +18,14 @@ _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 def mask_adam_step_(
     mask, grad, weight, effective, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, l1, toward, lower, upper,
-    totals=None,
+    totals=None, stochastic_from=None,
 ) -> None:  # fmt: skip
     """Adam, L1 term, clip and effective weight in one launch; one more where ``step`` or ``lr`` is on the device."""
     tensors = (mask, grad, weight, effective, exp_avg, exp_avg_sq)
     scales = _adam_scales(step, lr, beta1, beta2, mask.device)
-    _run(_adam, tensors, lower, totals, l1, toward, upper, scales, (beta1, beta2, eps))
+    constants = beta1, beta2, eps, stochastic_from is not None, not _on_host(step)
+    numbers = *scales, _number(step), stochastic_from or 0
+    _run(_adam, tensors, lower, totals, l1, toward, upper, numbers, constants)
 
 
 def mask_sgd_step_(
@@ -97,8 +99,8 @@ def _adam(
     mask, grad, weight, effective, exp_avg, exp_avg_sq, lower, partials,
     sizes, mask_strides, grad_strides, weight_strides, effective_strides,
     exp_avg_strides, exp_avg_sq_strides, lower_strides,
-    l1, toward, upper, step_size, root_scale, count, blocks,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    l1, toward, upper, step_size, root_scale, step, stochastic_from, count, blocks,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, STOCHASTIC: tl.constexpr, STEP_STORED: tl.constexpr,
     STORED: tl.constexpr, L1: tl.constexpr, PER_ENTRY: tl.constexpr, LOWER_STORED: tl.constexpr,
     DIMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -118,9 +120,13 @@ def _adam(
     _store(at_second, second, inside)
     root = tl.sqrt_rn(second) * load_number(root_scale, STORED)
     m = m - tl.div_rn(first, root + EPS) * load_number(step_size, STORED)
+    low, high = _bounds(lower, upper, index, inside, sizes, lower_strides, PER_ENTRY, LOWER_STORED, DIMS)
+    m = _clip(m, low, high)
+    if STOCHASTIC:
+        m = _rounded_by_chance(m, load_number(step, STEP_STORED), index + stochastic_from)
     _finish(
-        m, at_mask, w, effective, lower, partials, index, inside,
-        sizes, effective_strides, lower_strides, toward, upper, blocks, PER_ENTRY, LOWER_STORED, DIMS,
+        m, low, high, at_mask, w, effective, partials, index, inside,
+        sizes, effective_strides, toward, blocks, DIMS,
     )  # fmt: skip
 
 
@@ -142,9 +148,10 @@ def _sgd(
         at_buffer = buffer + place(index, sizes, buffer_strides, DIMS)
         g = _load(at_buffer, inside) * momentum + g
         _store(at_buffer, g, inside)
+    low, high = _bounds(lower, upper, index, inside, sizes, lower_strides, PER_ENTRY, LOWER_STORED, DIMS)
     _finish(
-        m - g * load_number(lr, STORED), at_mask, w, effective, lower, partials, index, inside,
-        sizes, effective_strides, lower_strides, toward, upper, blocks, PER_ENTRY, LOWER_STORED, DIMS,
+        _clip(m - g * load_number(lr, STORED), low, high), low, high, at_mask, w, effective, partials, index, inside,
+        sizes, effective_strides, toward, blocks, DIMS,
     )  # fmt: skip
 
 
@@ -174,19 +181,37 @@ def _gradient(m, g, w, l1, toward, L1: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    m, at_mask, w, effective, lower, partials, index, inside,
-    sizes, effective_strides, lower_strides, toward, upper, blocks,
+def _bounds(
+    lower, upper, index, inside, sizes, strides,
     PER_ENTRY: tl.constexpr, LOWER_STORED: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """Clip and store the mask, the effective weight that it makes, and this block's part of the totals."""
-    dtype: tl.constexpr = at_mask.dtype.element_ty
+    high = tl.full(index.shape, 0.0, tl.float32) + upper
     if PER_ENTRY:
-        low = _load(lower + place(index, sizes, lower_strides, DIMS), inside)
+        low = _load(lower + place(index, sizes, strides, DIMS), inside)
     else:
-        low = tl.zeros_like(m) + load_number(lower, LOWER_STORED)
-    high = tl.zeros_like(m) + upper
-    m = _clip(m, low, high).to(dtype)
+        low = tl.zeros_like(high) + load_number(lower, LOWER_STORED)
+    return low, high
+
+
+@triton.jit
+def _rounded_by_chance(m, count, entry):
+    """The bfloat16 above or below, by chance: see ``rounded_by_chance`` of the reference."""
+    bits = entry.to(tl.uint32) ^ (count.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    bits = bits ^ (bits >> 16)
+    rounded = (m.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
+    return tl.where(tl.abs(m) < float("inf"), rounded.to(tl.float32, bitcast=True), m)
+
+
+@triton.jit
+def _finish(
+    m, low, high, at_mask, w, effective, partials, index, inside,
+    sizes, effective_strides, toward, blocks, DIMS: tl.constexpr,
+):  # fmt: skip
+    """Store the mask, the effective weight that it makes, and this block's part of the totals."""
+    dtype: tl.constexpr = at_mask.dtype.element_ty
+    m = m.to(dtype)
     tl.store(at_mask, m, mask=inside)
     m = m.to(tl.float32)
     if effective is not None:
