@@ -14,6 +14,7 @@ from itertools import count
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ CASES = {
     "awm in small batches": ("awm", "plain", {**AWM, "batch_size": 3, "inner_labels": "predicted"}),
     "awm without running statistics": ("awm", "no statistics", {**AWM, "inner_labels": "predicted"}),
     "awm in the backward": ("awm", "plain", {**AWM, "step_in_backward": True, "recompute": True}),
+    "awm of a sum in the backward": ("awm", "sum", {**AWM, "step_in_backward": True}),
     "swm": ("swm", "plain", {**STEPS, **AUGMENTED, "noise_steps": 2}),
     "swm of neurons": ("swm", "plain", {**STEPS, "granularity": "neuron", "batch_size": 2}),
     "anp": ("anp", "plain", {**STEPS, **AUGMENTED, "threshold": "auto", "noise_steps": 2}),
@@ -65,8 +67,23 @@ class Functional(nn.Module):
         return self.head(hidden.mean((2, 3)))
 
 
+class Sum(nn.Module):
+    """Two weights with one gradient, which autograd gives both as one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images):
+        hidden = nn.functional.conv2d(images, self.first.weight + self.second.weight, self.first.bias).relu()
+        return self.head(hidden.mean((2, 3)))
+
+
 def network(kind: str = "plain") -> nn.Module:
     torch.manual_seed(0)
+    if kind == "sum":
+        return Sum().double()
     if kind == "functional":
         return Functional().double()
     norms = {} if kind != "no statistics" else {"track_running_stats": False}
@@ -180,6 +197,13 @@ def hanging(rank: int, name: str) -> dict[str, Any]:
     """A run whose last process stops to do anything in the middle of a later step."""
     _before_a_sum(rank, lambda: time.sleep(60))
     return purify(name)
+def broken(rank: int, name: str, function: str, where: int) -> dict[str, Any]:
+    """A run in which a function fails in one process."""
+    if rank == where:
+        mock.patch(function, side_effect=ValueError("it fails")).start()
+    return purify(name)
+
+
 
 
 def _before_a_sum(rank: int, what: Callable[[], None]) -> None:

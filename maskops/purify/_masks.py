@@ -207,8 +207,7 @@ class MaskRun(Run):
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
 
         def step(weight: Parameter, grad: Tensor) -> None:
-            self.team.add(grad)
-            masks.step_layer(name_of[id(weight)], grad)
+            masks.step_layer(name_of[id(weight)], self.team.total(grad))  # two weights may have one gradient
 
         self.model.hand_over_gradients(step)
 
