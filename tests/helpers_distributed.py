@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from maskops.cli import main
-from maskops.purify import _checkpoint, _distributed, sweep
+from maskops.purify import _buckets, _checkpoint, _distributed, sweep
 from maskops.purify.methods import METHODS
 
 AUGMENTED = {"crop": 1, "flip": True}
@@ -148,6 +148,7 @@ def together(folder: Path, size: int, task: Callable[..., Any], *arguments: Any)
 def _take_part(rank: int, size: int, folder: Path, seconds: int, task: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
     _checkpoint._PAUSE = 0
+    _buckets._BYTES = 1000
     where = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": size}
     dist.init_process_group("gloo", timeout=timedelta(seconds=seconds), **where)
     try:
@@ -165,6 +166,15 @@ def all_cases(rank: int) -> dict[str, Any]:
 def one_case(rank: int, name: str, of_rank: dict[int, dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
     """A case, with options that only some processes have."""
     return purify(name, **more, **(of_rank or {}).get(rank, {}))
+
+
+def in_buckets(rank: int, names: list[str], *sizes: int) -> list[dict[str, Any]]:
+    """Cases whose gradients are summed in buckets of so many bytes, for each of several sizes."""
+    found = []
+    for size in sizes:
+        _buckets._BYTES = size
+        found.append({name: purify(name) for name in names})
+    return found
 
 
 def other_images(rank: int, name: str) -> None:
@@ -187,6 +197,13 @@ def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
     return "not stopped"
 
 
+def broken(rank: int, name: str, function: str, where: int) -> dict[str, Any]:
+    """A run in which a function fails in one process."""
+    if rank == where:
+        mock.patch(function, side_effect=ValueError("it fails")).start()
+    return purify(name)
+
+
 def killed(rank: int, name: str, checkpoint: Path) -> dict[str, Any]:
     """A run whose last process is killed in the middle of a later step."""
     _before_a_sum(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -197,13 +214,6 @@ def hanging(rank: int, name: str) -> dict[str, Any]:
     """A run whose last process stops to do anything in the middle of a later step."""
     _before_a_sum(rank, lambda: time.sleep(60))
     return purify(name)
-def broken(rank: int, name: str, function: str, where: int) -> dict[str, Any]:
-    """A run in which a function fails in one process."""
-    if rank == where:
-        mock.patch(function, side_effect=ValueError("it fails")).start()
-    return purify(name)
-
-
 
 
 def _before_a_sum(rank: int, what: Callable[[], None]) -> None:
