@@ -180,7 +180,7 @@ def digits(tmp_path_factory):
     (images, labels), (others, answers) = demo.digits()
     np.savez(folder / "digits.npz", x_train=images, y_train=labels, x_test=others[:50], y_test=answers[:50])
     data = {"clean": f"{folder / 'digits.npz'}:train", "eval": f"{folder / 'digits.npz'}:test", "n": 30}
-    options = {"arch": "maskops.demo:network", "checkpoint": folder / "model.pth", **data}
+    options = {"arch": "maskops.demo:network", "weights": folder / "model.pth", **data}
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
@@ -188,7 +188,7 @@ QUICK = ["--epochs", "1", "--inner-steps", "2", "--outer-steps", "2", "--device"
 
 
 def test_the_first_process_alone_prints_and_writes(tmp_path, digits):
-    line = ["purify", *digits, *QUICK, "--out"]
+    line = ["purify", *digits, *QUICK, "--curves", "--out"]
     assert main([*line, str(tmp_path / "alone"), "--no-progress"]) == 0
     (code, printed), other = together(tmp_path / "team", 2, command_line, *line, str(tmp_path / "out"))
     assert code == 0 and "written to" in printed and "awm: 100%" in printed

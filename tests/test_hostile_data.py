@@ -383,7 +383,7 @@ def files(tmp_path):
 
 
 def purify(files, **changes):
-    options = {"checkpoint": "model.pth", "clean": "clean.npz", "eval": "eval.npz", **changes}
+    options = {"weights": "model.pth", "clean": "clean.npz", "eval": "eval.npz", **changes}
     given = [text for name, value in options.items() for text in (f"--{name}", str(files / value))]
     given += ["--arch", f"{__name__}:network", "--out", str(files / "out"), "--overwrite", "--epochs", "1"]
     return main(["purify", *given, "--no-progress", "--device", "cpu"])
@@ -407,7 +407,7 @@ def bad_inputs(folder):
     clean = ("labels.npz", "grey.npz", "nan.npz", "empty.npz", "huge.npz", "codes.npz", "bomb")
     return [
         *(("clean", name) for name in clean),
-        *(("checkpoint", f"{name}.pth") for name in ("nan", "name", "code", "sparse")),
+        *(("weights", f"{name}.pth") for name in ("nan", "name", "code", "sparse")),
     ]
 
 
