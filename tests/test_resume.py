@@ -87,6 +87,13 @@ def test_a_baseline_goes_on_after_any_phase(name, tmp_path, monkeypatch):
     assert phase > expected.options["epochs"]
 
 
+@pytest.mark.parametrize("name", ["rnp", "nad", "mcr"])
+def test_an_optimiser_that_has_done_its_part_is_no_part_of_the_state(name, tmp_path):
+    purify(name, checkpoint=tmp_path / "run.safetensors")
+    optimizers = {key.split(".")[1] for key in load_run(tmp_path / "run.safetensors")[0] if key.startswith("optimizer")}
+    assert optimizers == {"1"}
+
+
 @pytest.mark.parametrize("name", ["ft", "rnp"])
 def test_a_baseline_that_is_stopped_in_a_pass_begins_it_anew(name, tmp_path, monkeypatch):
     file, calls, note = tmp_path / "run.safetensors", count(1), Run.note

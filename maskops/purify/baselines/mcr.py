@@ -126,6 +126,7 @@ class MCR(Baseline):
         for _ in run.epochs(options.end_epochs):
             yield self.tune_end
 
+        self.optimizers[0].state.clear()  # memory that nobody needs any more
         with torch.no_grad():
             for name, weight in self.inner.items():
                 weight.copy_((self.first[name] + self.last[name]) / 2)

@@ -130,6 +130,7 @@ class NAD(Baseline):
             set_lr(of_teacher, _learning_rate(epoch, options))
             yield self.teach
 
+        of_teacher.state.clear()  # memory that nobody needs any more
         self.teacher.eval()
         for epoch in run.epochs(options.epochs):
             set_lr(of_student, _learning_rate(epoch, options))

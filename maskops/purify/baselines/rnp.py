@@ -137,6 +137,7 @@ class RNP(Baseline):
             set_lr(ascent, options.unlearn_lr * options.lr_decay ** (epoch // options.lr_decay_epochs))
             yield self.unlearn
 
+        ascent.state.clear()  # memory that nobody needs any more
         how = {"batch_statistics": True, "within": True}
         self.masked = MaskRun("rnp", self.unlearned.network, self.clean_data, run.setting, **how)
         masks = MaskSGD(self.masked.arena, lr=options.lr, momentum=options.momentum)
