@@ -35,7 +35,7 @@ class BucketSums:
 
     @contextmanager
     def during_backward(self, model: WorkingModel) -> Iterator[None]:
-        """Within is the last backward of a step, with its forward; at the end the arena's gradient is summed.
+        """Within is the last backward before a step, with its forward; at the end the arena's gradient is summed.
 
         errors: RuntimeError where no memory is left after a sum has begun, which the others take part in
         """
@@ -49,15 +49,15 @@ class BucketSums:
         try:
             with model.handing_over(self._take):
                 yield
+            self._add_waiting()
+            while len(self._begun) < len(self._places):
+                self._begin_next()
+            for wait in self._begun:
+                wait()
         except torch.OutOfMemoryError as error:
             if not self._begun:
                 raise  # the step can be tried again with less
             raise RuntimeError(f"no memory was left in the middle of a sum over the processes ({error})") from error
-        self._add_waiting()
-        while len(self._begun) < len(self._places):
-            self._begin_next()
-        for wait in self._begun:
-            wait()
 
     def _take(self, parameter: Parameter, grad: Tensor) -> None:
         """The complete gradient of a parameter: a layer's effective weight, or a tuned bias."""

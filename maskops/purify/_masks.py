@@ -145,7 +145,7 @@ class MaskRun(Run):
         return tuple(part.scaled(F.cross_entropy(logits, part.of(each))) for each in labels)
 
     def add_gradients(self, *arenas: MaskArena) -> None:
-        """Sum the gradients in these arenas, and of tuned biases, over the processes."""
+        """Sum what isn't summed during the backward: gradients in these arenas, and of tuned biases."""
         for arena in arenas:
             if arena.grad is not None:  # otherwise each layer's was summed when it was stepped by itself
                 self.team.add(arena.grad)
@@ -220,9 +220,9 @@ class MaskRun(Run):
 
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
-        with self.perturbed(learn_biases=True):
+        with self.perturbed(learn_biases=True), self._sums.during_backward(self.model):
             self.cross_entropy(images, labels)[0].backward()
-        self.add_gradients(*self._noisy())
+        self.add_gradients(*self._noisy()[1:])
         for arena in self._noisy():
             arena.ascend_noise(step_size, bound)
 
@@ -277,7 +277,7 @@ class MaskRun(Run):
                 losses.append(self._descend(*last))
         if perturbed is not None and self._shifts is not None:
             self._shifts.refresh()  # in the step itself, so that replays do it too; the mask step does the weights
-        self.add_gradients()  # those of biases, which aren't in the arena
+        self.add_gradients()
         return losses
 
     def _descend_together(self, branches: Sequence[Branch]) -> list[Tensor]:
