@@ -94,7 +94,7 @@ def test_buckets_wait_for_those_before_them_and_nothing_is_left_out(monkeypatch)
     monkeypatch.setattr(_buckets, "_BYTES", 20 * 4)
     weights = {name: torch.ones(16) for name in "abcde"}
     arena, events = MaskArena(weights, weights), []
-    sums, model = _buckets.BucketSums(Alike(events), arena), Steps()
+    sums, model = _buckets.BucketSums("awm", Alike(events), arena), Steps()
     layers = arena.effective_weights
     with sums.during_backward(model):
         for name in "abde":  # of c there is none, as of a layer that is left as it is
@@ -108,10 +108,13 @@ def test_a_step_that_has_begun_a_sum_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(_buckets, "_BYTES", 1)
     weights = {name: torch.ones(16) for name in "ab"}
     arena = MaskArena(weights, weights)
-    sums, model = _buckets.BucketSums(Alike([]), arena), Steps()
+    sums, model = _buckets.BucketSums("awm", Alike([]), arena), Steps()
     with pytest.raises(torch.OutOfMemoryError), sums.during_backward(model):
         raise torch.OutOfMemoryError("early")
-    with pytest.raises(RuntimeError, match="in the middle of a sum") as caught, sums.during_backward(model):
+    with (
+        pytest.raises(RuntimeError, match=r"^awm: no memory was left in the middle of a sum .*late") as caught,
+        sums.during_backward(model),
+    ):
         model.to(arena.effective_weights["b"], torch.ones(16))
         raise torch.OutOfMemoryError("late")
     assert type(caught.value) is RuntimeError  # and none that a smaller step would follow

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from maskops._text import one_line
 from maskops.arena import MaskArena
 from maskops.purify._distributed import Team
 from maskops.purify._working import WorkingModel
@@ -25,8 +26,8 @@ class BucketSums:
     gradients of its layers are there. Others begin in their order, which all processes thus have in common.
     """
 
-    def __init__(self, team: Team, arena: MaskArena) -> None:
-        self._team, self._arena = team, arena
+    def __init__(self, method: str, team: Team, arena: MaskArena) -> None:
+        self._method, self._team, self._arena = method, team, arena
         self._places: list[slice] = []
         self._bucket_of: dict[int, int] = {}
         self._left: Counter[int] = Counter()
@@ -57,7 +58,8 @@ class BucketSums:
         except torch.OutOfMemoryError as error:
             if not self._begun:
                 raise  # the step can be tried again with less
-            raise RuntimeError(f"no memory was left in the middle of a sum over the processes ({error})") from error
+            reason = f"no memory was left in the middle of a sum over the processes ({one_line(str(error))})"
+            raise RuntimeError(f"{self._method}: {reason}") from error
 
     def _take(self, parameter: Parameter, grad: Tensor) -> None:
         """The complete gradient of a parameter: a layer's effective weight, or a tuned bias."""

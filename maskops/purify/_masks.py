@@ -83,7 +83,7 @@ class MaskRun(Run):
             reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
             raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
         self._perturbing = False
-        self._sums = BucketSums(self.team, self.arena)
+        self._sums = BucketSums(method, self.team, self.arena)
         self._shares_of: dict[tuple, Tensor] = {}
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
