@@ -35,8 +35,8 @@ _WIDTHS |= {"Bool": 1, "ComplexFloat": 8, "ComplexDouble": 16, "Untyped": 1}
 """Bytes of an element by the name of the storage."""
 
 _MAKES_DICTS = {"collections.OrderedDict", "collections.Counter"}
-_MAKES_TENSORS = {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "parameter")}
-_MAKES_TENSORS |= {"torch._utils._rebuild_parameter_with_state"}
+_MAKES_VIEWS = {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3")}
+_MAKES_TENSORS = _MAKES_VIEWS | {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _MAKES_VALUES = {"torch.Size", "torch.device", "_codecs.encode", "builtins.set", "builtins.complex"}
 _KNOWN = _MAKES_DICTS | _MAKES_TENSORS | _MAKES_VALUES
 
@@ -131,10 +131,13 @@ class _Claims:
 
 
 class _Inert:
-    """What stands for a global, or for what one made."""
+    """What stands for a global, or for what one made.
 
-    def __init__(self, name: str, made: bool = False) -> None:
-        self.name, self.made = name, made
+    count: of a storage's elements
+    """
+
+    def __init__(self, name: str, made: bool = False, count: int = 0) -> None:
+        self.name, self.made, self.count = name, made, count
 
 
 class _Dict:
@@ -268,6 +271,8 @@ class _Machine:
             raise pickle.UnpicklingError("text is encoded otherwise than in latin1")
         if name in _MAKES_TENSORS:
             _check_shapes(arguments)
+        if name in _MAKES_VIEWS:
+            _check_extent(arguments)
         self._push(_Inert(name, made=True))
 
     def _build(self) -> None:
@@ -285,7 +290,7 @@ class _Machine:
             raise pickle.UnpicklingError("a storage must have a type, a key and a size")
         key = key.decode("ascii") if isinstance(key, bytes) else str(key)
         self._claim(key, count * width)
-        self._push(_Inert("storage", made=True))
+        self._push(_Inert("storage", made=True, count=count))
 
 
 _STEPS: dict[bytes, Callable[[_Machine], None]] = {
@@ -316,9 +321,7 @@ _STEPS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.BININT2: lambda machine: machine._push(machine._number("<H")),
     pickle.LONG1: lambda machine: machine._push(pickle.decode_long(machine._read(machine._number("B")))),
     pickle.BINFLOAT: lambda machine: machine._push(machine._number(">d")),
-    pickle.BINUNICODE: lambda machine: machine._push(
-        str(machine._read(machine._number("<I")), "utf-8", "surrogatepass")
-    ),
+    pickle.BINUNICODE: _Machine._text,
     pickle.SHORT_BINSTRING: lambda machine: machine._push(machine._read(machine._number("B"))),
     pickle.BINGET: lambda machine: machine._push(machine._memo[machine._number("B")]),
     pickle.LONG_BINGET: lambda machine: machine._push(machine._memo[machine._number("<I")]),
@@ -347,6 +350,19 @@ def _check_shapes(arguments: tuple[Any, ...]) -> None:
             product *= max(1, number)
             if product > _LARGEST_SHAPE:
                 raise pickle.UnpicklingError("a tensor's sizes or strides are too large")
+
+
+def _check_extent(arguments: tuple[Any, ...]) -> None:
+    """A tensor must lie in its storage: for one that doesn't torch makes an old file's storage as large as it says."""
+    storage, offset, size, stride = (*arguments, None, None, None, None)[:4]
+    if not isinstance(storage, _Inert) or storage.name != "storage":
+        raise pickle.UnpicklingError("a tensor is made of what is no storage")
+    plain = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
+    if not plain or not all(isinstance(number, int) for number in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor must have an offset, sizes and strides, which are numbers")
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= storage.count:
+        raise pickle.UnpicklingError(f"a tensor reaches up to element {last} of a storage of {storage.count}")
 
 
 def _length(value: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,7 +61,7 @@ def _read_binary(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_python(file: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        content = _ArraysOnly(io.BytesIO(file.read_bytes()), encoding="bytes").load()
+        content = _ArraysOnly(file.read_bytes()).load()
         images, labels = content[b"data"].bytes(), content.get(b"labels", content.get(b"fine_labels"))
         labels = np.array([int(label) for label in labels], dtype=np.int64)
     except Exception as error:  # a hostile pickle may raise anything
@@ -73,7 +74,7 @@ def _read_python(file: Path) -> tuple[np.ndarray, np.ndarray]:
 class _Array:
     """What stands for an array while a pickle is read: nothing of numpy's is called with what the file says."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, kind: Any = None, shape: Any = None, dtype: Any = None) -> None:
         self.data, self.shape, self.dtype = b"", (0,), None
 
     def __setstate__(self, state: tuple) -> None:
@@ -84,11 +85,13 @@ class _Array:
     def bytes(self) -> np.ndarray:
         if not isinstance(self.dtype, _Dtype) or self.dtype.name not in ("u1", "|u1", "uint8"):
             raise ValueError("an array of something else than bytes")
+        if not isinstance(self.data, (bytes, bytearray)):  # of a number it would make as many zeros
+            raise ValueError("an array whose content is no bytes")
         return np.frombuffer(bytearray(self.data), dtype=np.uint8).reshape(tuple(map(int, self.shape)))
 
 
 class _Dtype:
-    def __init__(self, name: str, *_: Any) -> None:
+    def __init__(self, name: str, align: Any = None, copy: Any = None) -> None:
         self.name = name.decode() if isinstance(name, bytes) else name
 
     def __setstate__(self, state: tuple) -> None:
@@ -101,14 +104,9 @@ def _from_buffer(data: Any, dtype: Any, shape: tuple, order: str) -> _Array:
     return array
 
 
-def _encoded(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # the one that pickle writes bytes in
-
-
 _STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encoded,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
@@ -123,10 +121,26 @@ class _ArraysOnly(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self._left = len(content)
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encoded
         if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
         return _STAND_INS[module, name]
+
+    def _encoded(self, text: str, encoding: str) -> bytes:
+        self._left -= len(text)  # a text that is in the file once can be given to any number of calls
+        if self._left < 0:
+            raise pickle.UnpicklingError("it makes more bytes of its text than it has")
+        return text.encode("latin1")  # the one that pickle writes bytes in
+
+    def _byte_array(self) -> None:
+        content = self.read(struct.unpack("<Q", self.read(8))[0])  # what is there, whatever it claims
+        self.append(bytearray(content))
 
     def _set_item(self) -> None:
         _check_keys(self.stack[-2:-1])
@@ -145,6 +159,7 @@ class _ArraysOnly(pickle._Unpickler):
         raise pickle.UnpicklingError("it holds what arrays don't need")
 
     dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.BYTEARRAY8[0]] = _byte_array
     dispatch[pickle.SETITEM[0]] = _set_item
     dispatch[pickle.SETITEMS[0]] = _set_items
     for _code in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4):

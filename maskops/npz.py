@@ -40,16 +40,22 @@ def read_npz(path: Path, wanted: str | None) -> tuple[np.ndarray, np.ndarray]:
     with archive:
         names = _npz_names(path, archive.files, wanted)
         with readable(path):
+            size = path.stat().st_size
             for member in archive.zip.infolist():
                 if member.filename.removesuffix(".npy") in names:  # NumPy takes names with and without it
-                    _check_packed(archive.zip, member)
+                    _check_packed(archive.zip, member, size)
             images, labels = (archive[name] for name in names)
     return images, labels
 
 
-def _check_packed(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Raise ValueError for an array that isn't all there, or is packed as no image is: memory comes before reading."""
+def _check_packed(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -> None:
+    """Raise ValueError for an array that isn't all there, or is packed as no image is: memory comes before reading.
+
+    size: of the archive's file, which bounds what its directory says
+    """
     name = one_line(member.filename)
+    if member.compress_size > size - member.header_offset:
+        raise ValueError(f"{name} claims {member.compress_size} bytes in a file of {size}")
     if member.file_size > max(_LARGE, _RATIO * member.compress_size):
         raise ValueError(f"{name} unpacks from {member.compress_size} bytes to {member.file_size}")
     with archive.open(member) as file:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import cycle
@@ -108,11 +108,11 @@ def results_folder(path: str | os.PathLike) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def is_empty(path: str | os.PathLike, but_for: str = "") -> bool:
-    """Whether there is no such folder, or nothing but what a killed run may have left, and a file of this name."""
+def is_empty(path: str | os.PathLike, but_for: Collection[str] = ()) -> bool:
+    """Whether there is no such folder, or nothing but what a killed run may have left, and files of these names."""
     path = Path(path)
     return not path.is_dir() or all(
-        entry.name.startswith(_STAGING) or entry.name == but_for for entry in path.iterdir()
+        entry.name.startswith(_STAGING) or entry.name in but_for for entry in path.iterdir()
     )
 
 

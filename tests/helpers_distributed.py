@@ -14,13 +14,14 @@ from itertools import count
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from maskops.cli import main
-from maskops.purify import _checkpoint, _distributed, sweep
+from maskops.purify import _buckets, _checkpoint, _distributed, sweep
 from maskops.purify.methods import METHODS
 
 AUGMENTED = {"crop": 1, "flip": True}
@@ -32,6 +33,7 @@ CASES = {
     "awm in small batches": ("awm", "plain", {**AWM, "batch_size": 3, "inner_labels": "predicted"}),
     "awm without running statistics": ("awm", "no statistics", {**AWM, "inner_labels": "predicted"}),
     "awm in the backward": ("awm", "plain", {**AWM, "step_in_backward": True, "recompute": True}),
+    "awm of a sum in the backward": ("awm", "sum", {**AWM, "step_in_backward": True}),
     "swm": ("swm", "plain", {**STEPS, **AUGMENTED, "noise_steps": 2}),
     "swm of neurons": ("swm", "plain", {**STEPS, "granularity": "neuron", "batch_size": 2}),
     "anp": ("anp", "plain", {**STEPS, **AUGMENTED, "threshold": "auto", "noise_steps": 2}),
@@ -65,8 +67,23 @@ class Functional(nn.Module):
         return self.head(hidden.mean((2, 3)))
 
 
+class Sum(nn.Module):
+    """Two weights with one gradient, which autograd gives both as one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images):
+        hidden = nn.functional.conv2d(images, self.first.weight + self.second.weight, self.first.bias).relu()
+        return self.head(hidden.mean((2, 3)))
+
+
 def network(kind: str = "plain") -> nn.Module:
     torch.manual_seed(0)
+    if kind == "sum":
+        return Sum().double()
     if kind == "functional":
         return Functional().double()
     norms = {} if kind != "no statistics" else {"track_running_stats": False}
@@ -131,6 +148,7 @@ def together(folder: Path, size: int, task: Callable[..., Any], *arguments: Any)
 def _take_part(rank: int, size: int, folder: Path, seconds: int, task: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
     _checkpoint._PAUSE = 0
+    _buckets._BYTES = 1000
     where = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": size}
     dist.init_process_group("gloo", timeout=timedelta(seconds=seconds), **where)
     try:
@@ -148,6 +166,15 @@ def all_cases(rank: int) -> dict[str, Any]:
 def one_case(rank: int, name: str, of_rank: dict[int, dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
     """A case, with options that only some processes have."""
     return purify(name, **more, **(of_rank or {}).get(rank, {}))
+
+
+def in_buckets(rank: int, names: list[str], *sizes: int) -> list[dict[str, Any]]:
+    """Cases whose gradients are summed in buckets of so many bytes, for each of several sizes."""
+    found = []
+    for size in sizes:
+        _buckets._BYTES = size
+        found.append({name: purify(name) for name in names})
+    return found
 
 
 def other_images(rank: int, name: str) -> None:
@@ -168,6 +195,13 @@ def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
     except KeyboardInterrupt:
         return "stopped"
     return "not stopped"
+
+
+def broken(rank: int, name: str, function: str, where: int) -> dict[str, Any]:
+    """A run in which a function fails in one process."""
+    if rank == where:
+        mock.patch(function, side_effect=ValueError("it fails")).start()
+    return purify(name)
 
 
 def killed(rank: int, name: str, checkpoint: Path) -> dict[str, Any]:

@@ -21,6 +21,19 @@ RUNS = {
 }
 """Name -> method and options."""
 
+BASELINES = {
+    "ft": ("ft", {"epochs": 3, "cosine": True}),
+    "ft with replacement": ("ft", {"epochs": 2, "steps": 2, "crop": 1, "flip": True}),
+    "fine_pruning": ("fine_pruning", {"epochs": 2, "budget": 0.5, "step": 0.2}),
+    "ibau": ("ibau", {"epochs": 2, "share": 0.5, "flip": True}),
+    "rnp": ("rnp", {"epochs": 2, "unlearn_epochs": 3, "least_accuracy": 0.9}),
+    "rnp to the end": ("rnp", {"epochs": 2, "unlearn_epochs": 2, "least_accuracy": 0.0, "threshold": 0.5}),
+    "ft_sam": ("ft_sam", {"epochs": 3, "cosine_steps": 4}),
+    "nad": ("nad", {"epochs": 2, "teacher_epochs": 2, "lr": 0.01}),
+    "mcr": ("mcr", {"epochs": 2, "end_epochs": 2}),
+}
+"""The same of the methods that train weights."""
+
 
 def network() -> nn.Module:
     torch.manual_seed(0)
@@ -35,7 +48,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def purify(name: str, **more):
-    method, options = RUNS[name]
+    method, options = {**RUNS, **BASELINES}[name]
     return METHODS[method].run(network(), images(), progress=False, batch_size=8, **{**options, **more})
 
 

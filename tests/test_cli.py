@@ -14,7 +14,7 @@ import maskops
 from maskops import demo
 from maskops.backdoor import evaluate
 from maskops.checkpoint import load_masks, load_state_dict, save_state_dict
-from maskops.cli import main, parser
+from maskops.cli import main, parser, unfinished
 from maskops.purify._masks import MaskRun
 from maskops.purify.methods import METHODS
 
@@ -39,7 +39,7 @@ def purify(files, tmp_path):
     def run(*extra, quick=QUICK, **changes):
         options = {
             "arch": "maskops.demo:network",
-            "checkpoint": files / "model.pth",
+            "weights": files / "model.pth",
             "clean": f"{files / 'digits.npz'}:train",
             "eval": f"{files / 'digits.npz'}:test",
             "trigger": "badnets_square:size=2,margin=0",
@@ -145,7 +145,7 @@ def test_purify_goes_on_after_ctrl_c(purify, stopped):
     [
         ((), "is of a run that was stopped: give --resume to go on with it, or --overwrite"),
         (("--resume", "--overwrite"), "give one of them"),
-        (("--resume", "--curves"), "give one of them"),
+        (("--resume", "--curves"), "was begun without --curves: leave it out"),
         (("--resume", "--tau", "3"), "is the checkpoint of a run with other options: tau"),
         (("--resume", "--seed", "7"), "is the checkpoint of"),
     ],
@@ -156,6 +156,42 @@ def test_a_stopped_run_is_kept_until_something_is_said(purify, stopped, capsys, 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert (stopped / "unfinished.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["awm", "ft"])
+def test_curves_of_a_run_that_goes_on_are_those_of_one_that_was_not_stopped(purify, tmp_path, monkeypatch, method):
+    quick = THREE_EPOCHS if method == "awm" else THREE_EPOCHS[:5]
+    monkeypatch.setattr("maskops.purify._checkpoint._PAUSE", 0)
+    assert purify("--curves", method=method, quick=quick, out=tmp_path / "whole") == 0
+    add = unfinished.Curves.add
+
+    def stop(self, epoch, metrics):
+        add(self, epoch, metrics)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unfinished.Curves, "add", stop)
+        assert purify("--curves", method=method, quick=quick) == 130
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["unfinished.json", "unfinished.safetensors"]
+    assert purify("--resume", method=method, quick=quick) == 2  # without --curves
+    assert purify("--resume", "--curves", method=method, quick=quick) == 0
+    whole, stopped = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "out"))
+    assert len(whole["curves"]) == 3 and stopped["curves"] == whole["curves"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_measurements_that_cannot_be_read_are_one_line(purify, stopped, capsys):
+    (stopped / "unfinished.json").write_text('[{"acc": 1')
+    assert purify("--resume", "--curves", quick=THREE_EPOCHS) == 2
+    error = capsys.readouterr().err
+    assert "unfinished.json can't be read" in error and error.count("\n") == 1
+    assert sorted(path.name for path in stopped.iterdir()) == ["unfinished.json", "unfinished.safetensors"]
+    assert purify("--overwrite", quick=THREE_EPOCHS) == 0
+    assert not {path.name for path in stopped.iterdir()} & {"unfinished.json", "unfinished.safetensors"}
 
 
 def test_a_stopped_run_can_be_replaced(purify, stopped):
@@ -207,10 +243,10 @@ class Bomb:
     [
         ({"arch": "vgg_small"}, "small_vgg, resnet18"),
         ({"arch": "maskops.demo:nothing"}, "nothing"),
-        ({"checkpoint": "missing.pth"}, "missing.pth"),
-        ({"checkpoint": "truncated.pth"}, "truncated.pth"),
-        ({"checkpoint": "bomb.pth"}, "bomb.pth"),
-        ({"checkpoint": "other.pth"}, "doesn't fit the architecture maskops.demo:network: it lacks 0.weight"),
+        ({"weights": "missing.pth"}, "missing.pth"),
+        ({"weights": "truncated.pth"}, "truncated.pth"),
+        ({"weights": "bomb.pth"}, "bomb.pth"),
+        ({"weights": "other.pth"}, "doesn't fit the architecture maskops.demo:network: it lacks 0.weight"),
         ({"clean": "missing.npz"}, "missing.npz"),
         ({"n": 0}, "0"),
         ({"n": 100000}, "1297"),
@@ -285,7 +321,7 @@ def test_the_version_and_help_are_there(capsys):
 
 def test_the_state_dict_of_safetensors_serves_too(purify, files, tmp_path, backdoored_digits):
     save_state_dict(tmp_path / "model.safetensors", backdoored_digits.state_dict())
-    assert purify(checkpoint=tmp_path / "model.safetensors") == 0
+    assert purify(weights=tmp_path / "model.safetensors") == 0
 
 
 @pytest.mark.skipif("MASKOPS_BENCH" not in os.environ, reason="MASKOPS_BENCH names no folder of published models")
@@ -294,7 +330,7 @@ def test_published_models_run(tmp_path, name, target):
     folder = Path(os.environ["MASKOPS_BENCH"])
     images = folder / "cifar10_original.npz"
     trigger = "badnets_square" if name == "badnets_8" else f"additive:{folder / name.rpartition('_')[0]}.png"
-    options = f"--arch small_vgg --checkpoint {folder}/vgg_cifar10_{name}.pth --clean {images}:train --n 100"
+    options = f"--arch small_vgg --weights {folder}/vgg_cifar10_{name}.pth --clean {images}:train --n 100"
     options += f" --eval {images}:test --trigger {trigger} --target {target} --out {tmp_path / 'out'}"
     assert main(["purify", *options.split(), *QUICK]) == 0
     before = json.loads((tmp_path / "out" / "result.json").read_text())["before"]

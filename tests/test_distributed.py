@@ -3,10 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers_distributed import (
     CASES,
     all_cases,
     begin,
+    broken,
     command_line,
     hanging,
     killed,
@@ -24,6 +26,7 @@ from torch import nn
 from maskops import demo
 from maskops.checkpoint import load_masks, load_run
 from maskops.cli import main
+from maskops.purify import _distributed
 
 
 def assert_same(found, expected):
@@ -91,6 +94,40 @@ def test_norms_that_cant_be_split_are_refused(tmp_path, norm, message):
     assert [kind for kind, _ in found] == ["ValueError"] * 2 and found[0][1] == f"nft: {message}"
 
 
+@pytest.mark.parametrize(
+    ("name", "function", "where"),
+    [("swm", "_checkpoint._fingerprint", 1), ("anp", "_masks.MaskRun.hits", 0)],
+    ids=["what must be the same", "the threshold"],
+)
+def test_an_error_where_the_others_wait_ends_all_processes(tmp_path, name, function, where):
+    found = together(tmp_path / "team", 2, broken, name, f"maskops.purify.{function}", where)
+    assert found[where] == ("ValueError", "it fails")
+    assert found[1 - where] == ("ValueError", f"it fails (in process {where})")
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        (RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41227"), True),
+        (RuntimeError("[/gloo/unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation to complete"), True),
+        (RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:169] Socket closed [127.0.0.1]:27"), True),
+        (dist.DistBackendError("NCCL error in: NCCLUtils.cpp:76, ncclRemoteError: A call failed"), True),
+        (dist.DistNetworkError("The client socket has failed to connect to any network address"), True),
+        (dist.DistBackendError("NCCL error in: NCCLUtils.cpp:76, ncclInvalidUsage: This usually reflects"), False),
+        (RuntimeError("[enforce fail at /gloo/pair.cc:450] op.preamble.length <= op.nbytes. 32 vs 16"), False),
+        (RuntimeError("The expanded size of the tensor (3) must match the existing size (4)"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+    ],
+    ids=str,
+)
+def test_what_another_process_has_done_is_told_from_what_it_has_not(error, gone):
+    team = object.__new__(_distributed._Processes)
+    team._method = "awm"
+    with pytest.raises(_distributed.ProcessError if gone else type(error)) as caught, team._others_there():
+        raise error
+    assert str(caught.value).startswith("awm: another process of the run is gone (") if gone else caught.value is error
+
+
 def test_a_process_that_hangs_ends_the_others(tmp_path):
     processes = begin(tmp_path / "team", 2, hanging, "anp", seconds=3)
     processes[0].join(60)
@@ -143,7 +180,7 @@ def digits(tmp_path_factory):
     (images, labels), (others, answers) = demo.digits()
     np.savez(folder / "digits.npz", x_train=images, y_train=labels, x_test=others[:50], y_test=answers[:50])
     data = {"clean": f"{folder / 'digits.npz'}:train", "eval": f"{folder / 'digits.npz'}:test", "n": 30}
-    options = {"arch": "maskops.demo:network", "checkpoint": folder / "model.pth", **data}
+    options = {"arch": "maskops.demo:network", "weights": folder / "model.pth", **data}
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
@@ -151,7 +188,7 @@ QUICK = ["--epochs", "1", "--inner-steps", "2", "--outer-steps", "2", "--device"
 
 
 def test_the_first_process_alone_prints_and_writes(tmp_path, digits):
-    line = ["purify", *digits, *QUICK, "--out"]
+    line = ["purify", *digits, *QUICK, "--curves", "--out"]
     assert main([*line, str(tmp_path / "alone"), "--no-progress"]) == 0
     (code, printed), other = together(tmp_path / "team", 2, command_line, *line, str(tmp_path / "out"))
     assert code == 0 and "written to" in printed and "awm: 100%" in printed

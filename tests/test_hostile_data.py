@@ -12,12 +12,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers_hostile import little_memory, nothing_but, tree
+from helpers_hostile import call, little_memory, named, nothing_but, number, text, tree
 from PIL import Image
 from torch import nn
 
 from maskops.checkpoint import save_state_dict
-from maskops.cifar import _encoded
+from maskops.cifar import _from_buffer
 from maskops.cli import main
 from maskops.data import as_tensors, load_images, one_shot
 from maskops.purify import awm
@@ -175,6 +175,15 @@ def test_an_archive_that_unpacks_to_gigabytes_is_one_line(tmp_path):
     assert "unpacks from" in line_of(path)
 
 
+def test_an_archive_whose_directory_lies_about_what_is_packed_is_one_line(tmp_path):
+    path = tmp_path / "data.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", npy((2**32, 1, 20, 20)) + bytes(1 << 20))
+        archive.writestr("y.npy", array(np.zeros(4, int)))
+        archive.filelist[0].file_size = archive.filelist[0].compress_size = 2**42  # sizes of 64 bits
+    assert "in a file of" in line_of(path)
+
+
 def test_images_that_pack_well_are_images(tmp_path):
     path = tmp_path / "data.npz"
     np.savez_compressed(path, x=np.zeros((2000, 3, 32, 32), np.uint8), y=np.zeros(2000, int))
@@ -322,7 +331,7 @@ CIFAR = {
     "an extension": b"\x80\x02\x82\x01.",
     "nothing": b"",
     "deep lists": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
-    "a state of a function": b"\x80\x02c_codecs\nencode\nN}X\x0c\x00\x00\x00__defaults__)s\x86b.",
+    "a state of a function": b"\x80\x02cnumpy.core.numeric\n_frombuffer\nN}X\x0c\x00\x00\x00__defaults__)s\x86b.",
     "a module with codes": b"\x80\x02cevil\x1b[2J\nna\rme\n.",
 }
 
@@ -331,7 +340,33 @@ CIFAR = {
 def test_a_pickle_of_cifar_that_is_none_is_one_line(tmp_path, name):
     (tmp_path / "test_batch").write_bytes(CIFAR[name])
     line_of(f"{tmp_path}:test")
-    assert _encoded.__defaults__ is None
+    assert _from_buffer.__defaults__ is None
+
+
+def array_of(data):
+    """A pickle of an array of 3072 bytes over what these instructions make."""
+    dtype = b"cnumpy\ndtype\n" + text("u1") + pickle.TUPLE1 + pickle.REDUCE
+    shape = number(1) + number(3072) + pickle.TUPLE2
+    made = call(b"cnumpy.core.numeric\n_frombuffer\n", data, dtype, shape, text("C"))
+    return b"\x80\x02}U\x04data" + made + b"s."
+
+
+ENCODED = call(named("_codecs", "encode"), b"h\x00", text("latin1"))
+CIFAR_BOMBS = {
+    "text that is encoded again and again": (
+        b"\x80\x02" + text("x" * 500_000) + b"q\x00](" + ENCODED * 2000 + b"e.",
+        "more bytes of its text than it has",
+    ),
+    "an array of bytes that aren't there": (b"\x80\x05\x96" + struct.pack("<Q", 2**33) + b"x.", "EOFError"),
+    "an array over a number": (array_of(number(2**33)), "whose content is no bytes"),
+}
+
+
+@pytest.mark.parametrize("name", CIFAR_BOMBS)
+def test_a_small_pickle_of_cifar_that_asks_for_gigabytes_is_one_line(tmp_path, name):
+    content, message = CIFAR_BOMBS[name]
+    (tmp_path / "test_batch").write_bytes(content)
+    assert message in line_of(f"{tmp_path}:test")
 
 
 @pytest.fixture
@@ -348,7 +383,7 @@ def files(tmp_path):
 
 
 def purify(files, **changes):
-    options = {"checkpoint": "model.pth", "clean": "clean.npz", "eval": "eval.npz", **changes}
+    options = {"weights": "model.pth", "clean": "clean.npz", "eval": "eval.npz", **changes}
     given = [text for name, value in options.items() for text in (f"--{name}", str(files / value))]
     given += ["--arch", f"{__name__}:network", "--out", str(files / "out"), "--overwrite", "--epochs", "1"]
     return main(["purify", *given, "--no-progress", "--device", "cpu"])
@@ -372,7 +407,7 @@ def bad_inputs(folder):
     clean = ("labels.npz", "grey.npz", "nan.npz", "empty.npz", "huge.npz", "codes.npz", "bomb")
     return [
         *(("clean", name) for name in clean),
-        *(("checkpoint", f"{name}.pth") for name in ("nan", "name", "code", "sparse")),
+        *(("weights", f"{name}.pth") for name in ("nan", "name", "code", "sparse")),
     ]
 
 

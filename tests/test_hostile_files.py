@@ -24,6 +24,7 @@ from helpers_hostile import (
     tensor,
     text,
     tree,
+    tuple_of,
     zipped,
 )
 
@@ -133,6 +134,37 @@ def test_a_tensor_that_is_not_all_there_is_one_line(tmp_path, name, old):
     content = dict_of(w=tensor(storage(count, legacy=old), size, stride))
     file = legacy(content, ("0",), (4).to_bytes(8, "little") + BITS) if old else zipped(content, {"data/0": BITS})
     refused(tmp_path, file)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("size", "stride"), [((2**29,), (1,)), ((2, 2), (2**31, 1)), ((2**16, 2**16), (2**14, 1))], ids=str
+)
+def test_a_tensor_beyond_its_storage_does_not_make_it_larger(tmp_path, size, stride, old):
+    content = dict_of(w=tensor(storage(4, legacy=old), size, stride))
+    file = legacy(content, ("0",), (4).to_bytes(8, "little") + BITS) if old else zipped(content, {"data/0": BITS})
+    assert "of a storage of 4" in refused(tmp_path, file)
+
+
+def test_sizes_that_are_hidden_in_an_object_are_one_line(tmp_path):
+    sizes = call(named("torch", "Size"), tuple_of(number(2**29)))
+    hooks = call(named("collections", "OrderedDict"))
+    arguments = storage(4, legacy=True), number(0), sizes, tuple_of(number(1)), pickle.NEWFALSE, hooks
+    content = dict_of(w=call(named("torch._utils", "_rebuild_tensor_v2"), *arguments))
+    file = legacy(content, ("0",), (4).to_bytes(8, "little") + BITS)
+    assert "sizes and strides, which are numbers" in refused(tmp_path, file)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_tensors_of_all_kinds_of_numbers_and_layouts_are_read(tmp_path, old):
+    kinds = [torch.bool, torch.bfloat16, torch.complex64, torch.int64, torch.float64]
+    kinds += [] if old else [torch.uint16]  # which torch writes, but doesn't read, in the old format
+    state = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in kinds}
+    whole = torch.arange(24.0).view(2, 3, 2, 2)
+    state |= {"view": whole[1:, 1], "turned": whole.permute(3, 0, 2, 1), "empty": torch.empty(0, 3), "one": whole.sum()}
+    torch.save(state, tmp_path / "model.pth", _use_new_zipfile_serialization=not old)
+    read = load_state_dict(tmp_path / "model.pth")
+    assert all(torch.equal(read[name], value) for name, value in state.items())
 
 
 def test_an_offset_before_the_storage_is_one_line(tmp_path):

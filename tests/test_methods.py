@@ -28,8 +28,8 @@ each_method = pytest.mark.parametrize("method", METHODS)
 def test_the_calling_convention_is_the_same(method):
     run = METHODS[method].run
     parameters = inspect.signature(run).parameters
-    survives = ["checkpoint", "resume"] if METHODS[method].resumes else []
-    assert list(parameters) == ["model", "clean_data", "preset", "on_epoch", *survives, "options"]
+    beside = ["preset", "on_epoch", "checkpoint", "resume"]
+    assert list(parameters) == ["model", "clean_data", *beside, "options"]
     assert parameters["preset"].default == "paper" in METHODS[method].presets
     for preset in METHODS[method].presets.values():
         names = [field.name for part in preset for field in dataclasses.fields(part)]

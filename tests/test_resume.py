@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_resume import RUNS, images, network, purify, run_and_save
+from helpers_resume import BASELINES, RUNS, images, network, purify, run_and_save
 
 from maskops import checkpoint as files
 from maskops.checkpoint import CheckpointError, load_run, save_run
 from maskops.purify import Purification, awm, sweep, swm
+from maskops.purify._checkpoint import Checkpoint
+from maskops.purify._loop import Run
 from maskops.purify.awm import AWM
 
 
@@ -56,6 +58,71 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(name, tmp_path):
     again = purify(name, checkpoint=file, resume=True)  # of a run that is complete nothing is left to do
     assert_same(again, expected)
     assert again.timings["total"] > 0
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_goes_on_after_any_phase(name, tmp_path, monkeypatch):
+    expected = purify(name)
+    save = Checkpoint._save
+    for phase in count():
+        file, seen = tmp_path / f"{phase}.safetensors", []
+
+        def stop(self, phases, last=phase):
+            save(self, phases)
+            if phases == last:
+                raise KeyboardInterrupt
+
+        def on_epoch(epoch, model, seen=seen):
+            seen.append(epoch)
+
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(Checkpoint, "_save", stop)
+                purify(name, checkpoint=file, on_epoch=on_epoch)
+            break
+        except KeyboardInterrupt:
+            result = purify(name, checkpoint=file, resume=True, on_epoch=on_epoch)
+            assert_same(result, expected)
+            assert result.options == expected.options and seen == list(range(expected.options["epochs"]))
+    assert phase > expected.options["epochs"]
+
+
+@pytest.mark.parametrize("name", ["rnp", "nad", "mcr"])
+def test_an_optimiser_that_has_done_its_part_is_no_part_of_the_state(name, tmp_path):
+    purify(name, checkpoint=tmp_path / "run.safetensors")
+    optimizers = {key.split(".")[1] for key in load_run(tmp_path / "run.safetensors")[0] if key.startswith("optimizer")}
+    assert optimizers == {"1"}
+
+
+@pytest.mark.parametrize("name", ["ft", "rnp"])
+def test_a_baseline_that_is_stopped_in_a_pass_begins_it_anew(name, tmp_path, monkeypatch):
+    file, calls, note = tmp_path / "run.safetensors", count(1), Run.note
+
+    def breaks(self, what, value):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        note(self, what, value)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "note", breaks)
+        purify(name, checkpoint=file)
+    assert_same(purify(name, checkpoint=file, resume=True), purify(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ft", {"lr": 0.5}, "ft: .* is the checkpoint of a run with other options: lr 0.01, now 0.5"),
+        ("ft_sam", {}, "ft_sam: .* is the checkpoint of another method"),
+    ],
+)
+def test_a_checkpoint_of_another_baseline_is_refused(tmp_path, name, change, message):
+    file = tmp_path / "run.safetensors"
+    purify("ft", checkpoint=file)
+    with pytest.raises(ValueError, match=message):
+        purify(name, checkpoint=file, resume=True, **change)
+    with pytest.raises(ValueError, match="exists: give resume=True"):
+        purify("ft", checkpoint=file)
 
 
 def test_a_run_with_a_checkpoint_is_the_run_without(tmp_path):

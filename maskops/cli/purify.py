@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from maskops import models, report
 from maskops.backdoor import Metrics, der, evaluate, parse
 from maskops.checkpoint import CheckpointError, load_state_dict
-from maskops.cli import processes
+from maskops.cli import processes, unfinished
 from maskops.cli.options import add_options, arch_options, best_device, given, method_in
 from maskops.data import Pair, load_images, one_shot, split
 from maskops.purify import Purification
@@ -27,8 +26,6 @@ from maskops.purify.methods import METHODS
 
 _CLI_DEVICE = "where to run (default: the GPU if there is one, else the CPU)"
 _NAMED_KEYS = 4
-_UNFINISHED = "unfinished.safetensors"
-"""The state of a run, in its results' folder until these are there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -43,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     inputs.add_argument(
         "--arch-options", type=arch_options, default={}, metavar="KEY=VALUE,…", help="arguments of the architecture"
     )
-    inputs.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help=".pth, .pt or .safetensors; code in it is never run"
-    )
+    text = "the model's: .pth, .pt or .safetensors; code in it is never run"
+    inputs.add_argument("--weights", required=True, metavar="FILE", help=text)
     inputs.add_argument(
         "--clean", required=True, metavar="PATH", help="clean images: file.npz, file.npz:train, or a class folder each"
     )
@@ -69,9 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the results go")
     output.add_argument("--overwrite", action="store_true", help="replace results in a folder that isn't empty")
-    if METHODS[method].resumes:
-        text = f"go on with the run that was stopped and left {_UNFINISHED} there; begin it if there is none"
-        output.add_argument("--resume", action="store_true", help=text)
+    text = f"go on with the run that was stopped and left {unfinished.STATE} there; begin it if there is none"
+    output.add_argument("--resume", action="store_true", help=text)
 
     presets = METHODS[method].presets
     options = parser.add_argument_group(f"options of {METHODS[method].title}", "Other methods: --method NAME --help.")
@@ -95,59 +90,68 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processes.Place) -> None:
     method, team = METHODS[arguments.method], place.team
-    leads = team.rank == 0
-    unfinished = arguments.out / _UNFINISHED
-    resume = method.resumes and arguments.resume
+    leads, out = team.rank == 0, arguments.out
+    state = out / unfinished.STATE
     with team.all_or_none():
         if leads:
-            _check_out(arguments, unfinished, resume)
-    with report.results_folder(arguments.out) if leads else nullcontext() as folder:
+            _check_out(arguments)
+    with report.results_folder(out) if leads else nullcontext() as folder:
         with team.all_or_none():
             model = _load_model(arguments).to(changes["device"])
             clean, evaluation = _load_data(arguments, changes.get("seed", method.presets["paper"].setting.seed))
             _check_channels(clean[0].shape[1], changes)
             measure = partial(_measure, arguments, evaluation, changes)
-            before = measure(model) if leads else None
-        curves: list[Metrics] = []
+            before = measure(model)  # in every process, as all that is measured: none waits for another
+        curves: unfinished.Curves | None = None
 
         def on_epoch(epoch: int, working: nn.Module) -> None:
-            if arguments.curves and leads:
-                curves.append(evaluate(working, *evaluation, arguments.trigger, arguments.target))
+            if arguments.curves:
+                metrics = evaluate(working, *evaluation, arguments.trigger, arguments.target)
+                if curves is not None:
+                    curves.add(epoch, metrics)
 
-        if method.resumes:
-            changes |= {"checkpoint": unfinished, "resume": resume}
-        replaced = folder / _UNFINISHED if leads else unfinished
-        if arguments.overwrite and leads and unfinished.exists():
-            os.replace(unfinished, replaced)
         try:
-            result = method.run(model, clean, preset=arguments.preset, on_epoch=on_epoch, **changes)
+            with team.all_or_none():
+                if leads and arguments.overwrite:
+                    unfinished.move(out, folder)
+                if leads and not state.exists():
+                    unfinished.remove(out)
+                if leads and arguments.curves:
+                    curves = unfinished.Curves(out, folder, state.exists())
+            how = {"preset": arguments.preset, "on_epoch": on_epoch, "checkpoint": state, "resume": arguments.resume}
+            result = method.run(model, clean, **how, **changes)
             if leads:
-                replaced.unlink(missing_ok=True)
+                unfinished.remove(folder)
         except BaseException as error:
-            if leads and replaced.exists() and not unfinished.exists():  # before the first step
-                os.replace(replaced, unfinished)
+            if leads and not state.exists():  # before the first step
+                unfinished.remove(out)
+                unfinished.move(folder, out)
             if not isinstance(error, KeyboardInterrupt):
                 raise
-            left = f"--resume goes on from {unfinished}" if unfinished.exists() else "nothing was written"
+            left = f"--resume goes on from {state}" if state.exists() else "nothing was written"
             raise KeyboardInterrupt(left) from None
         place.leave()
         if not leads:
             return
         after = measure(result.model)
-        inputs = {name: str(getattr(arguments, name)) for name in ("arch", "checkpoint", "clean", "eval", "trigger")}
+        inputs = {name: str(getattr(arguments, name)) for name in ("arch", "weights", "clean", "eval", "trigger")}
         notes = {"inputs": {**inputs, "target": arguments.target, "clean_images": len(clean[1])}}
-        _conclude(folder, arguments.out, result, before, after, clean[0], curves, notes)
-    unfinished.unlink(missing_ok=True)
+        measured = [] if curves is None else curves.measured
+        _conclude(folder, out, result, before, after, clean[0], measured, notes)
+    unfinished.remove(out)
 
 
-def _check_out(arguments: argparse.Namespace, unfinished: Path, resume: bool) -> None:
-    if resume and arguments.overwrite:
+def _check_out(arguments: argparse.Namespace) -> None:
+    state, curves = (arguments.out / name for name in (unfinished.STATE, unfinished.CURVES))
+    if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with what --overwrite would replace: give one of them")
-    if resume and arguments.curves:
-        raise ValueError("--curves measures every epoch, and those before --resume are gone: give one of them")
-    if unfinished.exists() and not (resume or arguments.overwrite):
-        raise ValueError(f"{unfinished} is of a run that was stopped: give --resume to go on with it, or --overwrite")
-    if not (arguments.overwrite or report.is_empty(arguments.out, _UNFINISHED if resume else "")):
+    if state.exists() and not (arguments.resume or arguments.overwrite):
+        raise ValueError(f"{state} is of a run that was stopped: give --resume to go on with it, or --overwrite")
+    if arguments.resume and state.exists() and curves.exists() != arguments.curves:
+        begun = "with --curves: give it too" if curves.exists() else "without --curves: leave it out"
+        raise ValueError(f"the run that --resume goes on with was begun {begun}")
+    known = (curves.name, state.name) if arguments.resume else (curves.name,)
+    if not (arguments.overwrite or report.is_empty(arguments.out, known)):
         raise ValueError(f"--out {arguments.out} is not empty; name another folder, or give --overwrite")
 
 
@@ -186,7 +190,7 @@ def _measure(arguments: argparse.Namespace, evaluation: Pair, changes: dict[str,
 
 def _load_model(arguments: argparse.Namespace) -> nn.Module:
     model = models.build(arguments.arch, **arguments.arch_options)
-    found, expected = load_state_dict(arguments.checkpoint), model.state_dict()
+    found, expected = load_state_dict(arguments.weights), model.state_dict()
     differing = [name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape]
     reasons = [
         _listed("it lacks", [name for name in expected if name not in found]),
@@ -198,7 +202,7 @@ def _load_model(arguments: argparse.Namespace) -> nn.Module:
     ]
     if any(reasons):
         reason = "; ".join(filter(None, reasons))
-        raise ValueError(f"{arguments.checkpoint} doesn't fit the architecture {arguments.arch}: {reason}")
+        raise ValueError(f"{arguments.weights} doesn't fit the architecture {arguments.arch}: {reason}")
     model.load_state_dict(found)
     return model
 

@@ -57,6 +57,10 @@ class Algorithm:
         """What the steps change in place, beside the run's own tensors and the optimisers' states."""
         return {}
 
+    def restored(self) -> None:
+        """After its tensors, and the run's, have become those of a checkpoint: what follows from them."""
+        self.run.arena.refresh()
+
     def result(self) -> Purification:
         """After the last phase."""
         return self.run.finish(self.options)

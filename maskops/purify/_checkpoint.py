@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -21,9 +21,7 @@ from maskops._text import one_line
 from maskops.checkpoint import CheckpointError, load_run, save_run
 from maskops.optim import EIGHT_BITS
 from maskops.purify._finite import is_finite
-from maskops.purify._loop import plain_options
-from maskops.purify._masks import MaskRun
-from maskops.purify._phase import Phase
+from maskops.purify._loop import Run, plain_options
 
 _ELSEWHERE = {"progress", "graphs"}
 """Settings that may differ in the process that goes on, as may which GPU it is."""
@@ -39,16 +37,22 @@ _PAUSE = 20
 
 
 class Resumable(Protocol):
-    """What a :class:`maskops.purify._algorithm.Algorithm` has for its checkpoints."""
+    """What a :class:`maskops.purify._algorithm.Algorithm`, or a baseline, has for its checkpoints.
+
+    Models and optimisers that are made between two phases, out of what those before it have changed, come late: they
+    are made anew before the first phase that is still to be run.
+    """
 
     method: str
-    run: MaskRun
+    run: Run
     options: Any
     optimizers: Sequence[Optimizer]
 
-    def phases(self) -> Iterator[Phase]: ...
+    def phases(self) -> Iterator[Any]: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
+
+    def restored(self) -> None: ...
 
 
 class Checkpoint:
@@ -62,12 +66,13 @@ class Checkpoint:
 
     def __init__(self, algorithm: Resumable, path: str | os.PathLike, resume: bool) -> None:
         self._algorithm, self._path = algorithm, Path(path)
-        self._about, self._team = about(algorithm), algorithm.run.team
+        self._team = algorithm.run.team
         self._tensors: dict[str, Tensor] = {}
         self._notes: dict[str, Any] = {"phases": 0}
         self._wait = self._written = 0.0
         exists = self._team.first(self._path.exists)
         with self._team.all_or_none():
+            self._about = about(algorithm)
             if not exists:
                 self._save(0)
             elif not resume:
@@ -77,13 +82,16 @@ class Checkpoint:
                 self._tensors, self._notes = load_run(self._path)
                 self._check()
 
-    def remaining(self) -> Iterator[Phase]:
+    def remaining(self) -> Iterator[Any]:
         """The phases that are still to be run; the state is saved after each."""
         run, done, number = self._algorithm.run, self._notes["phases"], 0
         run.replaying = done > 0
+        if done > 0:
+            self._fill(_live(self._algorithm))
         for number, phase in enumerate(self._algorithm.phases(), start=1):
             if number == done:
-                self._restore()
+                with self._team.all_or_none():
+                    self._restore()
                 run.replaying = False
             if number <= done:
                 continue
@@ -141,18 +149,10 @@ class Checkpoint:
         if other:
             values = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in other)
             raise ValueError(f"{method}: {self._path} is the checkpoint of a run with other options: {values}")
-        needed = {**_live(self._algorithm), **_generator_states(self._algorithm)}
-        expected = {name: (value.shape, value.dtype) for name, value in needed.items()}
-        if expected != {name: (value.shape, value.dtype) for name, value in self._tensors.items() if name in needed}:
-            raise CheckpointError(f"{method}: {self._path} lacks tensors of the run; nothing was changed")
+        self._check_needed()
         broken = _broken(self._tensors)
         if broken is not None:
             raise self._no_checkpoint(f"{broken} has values that are nan or infinite")
-        for name, value in self._tensors.items():
-            if name not in needed and not _belongs(self._algorithm, name, value):
-                raise self._no_checkpoint(f"{one_line(name)} {tuple(value.shape)} is none of its tensors")
-        if not _are_whole({name: value.dtype for name, value in self._tensors.items() if name not in needed}):
-            raise self._no_checkpoint("an optimiser's state is in pieces")
         try:
             replace(self._algorithm.options, **notes["now"])
             for name, generator in self._algorithm.run.generators().items():
@@ -161,21 +161,46 @@ class Checkpoint:
             raise self._no_checkpoint(one_line(error)) from None
         self._told()
 
+    def _check_needed(self) -> dict[str, Tensor]:
+        """Raise unless the file has all that has been made by now, which is returned."""
+        needed = {**_live(self._algorithm), **_generator_states(self._algorithm)}
+        expected = {name: (value.shape, value.dtype) for name, value in needed.items()}
+        if expected != {name: (value.shape, value.dtype) for name, value in self._tensors.items() if name in needed}:
+            method = self._algorithm.method
+            raise CheckpointError(f"{method}: {self._path} lacks tensors of the run; nothing was changed")
+        return needed
+
+    def _check_others(self, needed: Collection[str]) -> None:
+        """Raise unless the other tensors are the whole states of optimisers."""
+        others = {name: value for name, value in self._tensors.items() if name not in needed}
+        for name, value in others.items():
+            if not _belongs(self._algorithm, name, value):
+                raise self._no_checkpoint(f"{one_line(name)} {tuple(value.shape)} is none of its tensors")
+        if not _are_whole({name: value.dtype for name, value in others.items()}):
+            raise self._no_checkpoint("an optimiser's state is in pieces")
+
+    @torch.no_grad()
+    def _fill(self, live: Mapping[str, Tensor]) -> None:
+        for name, value in live.items():
+            value.copy_(self._tensors[name])
+
     @torch.no_grad()
     def _restore(self) -> None:
         algorithm, run = self._algorithm, self._algorithm.run
-        for name, value in _live(algorithm).items():
-            value.copy_(self._tensors[name])
+        self._check_others(self._check_needed())
+        self._fill(_live(algorithm))
         for name, value in self._tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "optimizer":
                 number, place, key = rest.split(".", 2)
-                parameter = _parameters(algorithm.optimizers[int(number)])[int(place)]
-                algorithm.optimizers[int(number)].state[parameter][key] = value.to(parameter.device, copy=True)
+                optimizer = algorithm.optimizers[int(number)]
+                parameter = _parameters(optimizer)[int(place)]
+                on_host = key == "step" and not optimizer.param_groups[0].get("capturable", False)
+                optimizer.state[parameter][key] = value.to("cpu" if on_host else parameter.device, copy=True)
         for name, generator in run.generators().items():
             generator.set_state(self._tensors[f"generator.{name}"])
         algorithm.options = replace(algorithm.options, **self._notes["now"])
-        run.arena.refresh()
+        algorithm.restored()
         run.go_on_from(self._notes["history"], self._notes["seconds"])
         self._tensors = {}
 

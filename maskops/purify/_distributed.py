@@ -21,6 +21,13 @@ T = TypeVar("T")
 _KINDS = (CheckpointError, ValueError, TypeError, ImportError, OSError)
 """What the error of one process is for the others."""
 
+_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused)|closed by peer|socket closed|broken pipe|timed? ?out"
+    r"|communicator was aborted|nccl(Remote|System)Error|remote process|unhandled system error",
+    re.IGNORECASE,
+)
+"""How gloo and NCCL say that another process doesn't answer: most of their errors are plain RuntimeErrors."""
+
 
 class ProcessError(RuntimeError):
     """Another process of the run has failed, and with it this one."""
@@ -68,6 +75,14 @@ class Team:
 
     def add(self, *tensors: Tensor) -> None:
         """Sum each tensor over the processes, in place."""
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes; the tensor itself stays as it is."""
+        return tensor
+
+    def adding(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to sum a contiguous tensor over the processes, in place; what is returned waits for the sum."""
+        return lambda: None
 
     def most(self, tensor: Tensor) -> None:
         """The largest over the processes of each element, in place."""
@@ -119,6 +134,21 @@ class _Processes(Team):
             for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
+    def total(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        self.add(total)
+        return total
+
+    def adding(self, tensor: Tensor) -> Callable[[], None]:
+        with self._others_there():
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
+            with self._others_there():
+                work.wait()
+
+        return wait
+
     def most(self, tensor: Tensor) -> None:
         self._reduce(tensor, dist.ReduceOp.MAX)
 
@@ -133,14 +163,18 @@ class _Processes(Team):
                 tensor.copy_(dense)
 
     def same(self, about: Callable[[], Mapping[str, Any]]) -> None:
-        first, *others = self._gathered(dict(about()))
+        with self.all_or_none():
+            own = dict(about())
+        first, *others = self._gathered(own)
         for rank, other in enumerate(others, start=1):
             for what, value in first.items():
                 if other[what] != value:
                     raise ValueError(f"{self._method}: {_difference(what, value, other[what], rank)}")
 
     def first(self, value: Callable[[], T]) -> T:
-        return self._gathered(value() if self.rank == 0 else None)[0]
+        with self.all_or_none():
+            own = value() if self.rank == 0 else None
+        return self._gathered(own)[0]
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -170,6 +204,8 @@ class _Processes(Team):
         try:
             yield
         except RuntimeError as error:
+            if not (isinstance(error, dist.DistNetworkError) or _GONE.search(str(error))):
+                raise
             reason = re.sub(r"^(\[[^\]]*\]\s*)+", "", (str(error).splitlines() or [type(error).__name__])[0])
             gone = f"{self._method}: another process of the run is gone ({reason})"
             raise ProcessError(f"{gone}; a checkpoint goes on from its last phase") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from maskops.arena import MaskArena
 from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
 from maskops.nn import MASKED, NORMS
 from maskops.optim import MaskAdam
+from maskops.purify._buckets import BucketSums
 from maskops.purify._depth import depths
 from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
@@ -84,6 +85,7 @@ class MaskRun(Run):
             reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
             raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
         self._perturbing = False
+        self._sums = BucketSums(method, self.team, self.arena)
         self._shares_of: dict[tuple, Tensor] = {}
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, mask_bits: int, fold: bool) -> None:
@@ -147,7 +149,7 @@ class MaskRun(Run):
         return tuple(part.scaled(F.cross_entropy(logits, part.of(each))) for each in labels)
 
     def add_gradients(self, *arenas: MaskArena) -> None:
-        """Sum the gradients in these arenas, and of tuned biases, over the processes."""
+        """Sum what isn't summed during the backward: gradients in these arenas, and of tuned biases."""
         for arena in arenas:
             if arena.grad is not None:  # otherwise each layer's was summed when it was stepped by itself
                 self.team.add(arena.grad)
@@ -211,8 +213,7 @@ class MaskRun(Run):
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
 
         def step(weight: Parameter, grad: Tensor) -> None:
-            self.team.add(grad)
-            masks.step_layer(name_of[id(weight)], grad)
+            masks.step_layer(name_of[id(weight)], self.team.total(grad))  # two weights may have one gradient
 
         self.model.hand_over_gradients(step)
 
@@ -223,9 +224,9 @@ class MaskRun(Run):
 
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
-        with self.perturbed(learn_biases=True):
+        with self.perturbed(learn_biases=True), self._sums.during_backward(self.model):
             self.cross_entropy(images, labels)[0].backward()
-        self.add_gradients(*self._noisy())
+        self.add_gradients(*self._noisy()[1:])
         for arena in self._noisy():
             arena.ascend_noise(step_size, bound)
 
@@ -271,18 +272,16 @@ class MaskRun(Run):
         returns:   the cross entropies, detached
         """
         if together and not self._mixes_batches:
-            losses = self._descend_together(branches)
-            self.add_gradients(self.arena)
-            return losses
-        losses = [self._descend(*branch) for branch in branches]
-        if perturbed is not None:
-            with self.perturbed():
-                losses.append(self._descend(*perturbed))
-            if (
-                self._shifts is not None
-            ):  # in the step itself, so that replays do it too; the mask step does the weights
-                self._shifts.refresh()
-        self.add_gradients(self.arena)
+            with self._sums.during_backward(self.model):
+                losses = self._descend_together(branches)
+        else:
+            *others, last = branches if perturbed is None else (*branches, perturbed)
+            losses = [self._descend(*branch) for branch in others]
+            with nullcontext() if perturbed is None else self.perturbed(), self._sums.during_backward(self.model):
+                losses.append(self._descend(*last))
+        if perturbed is not None and self._shifts is not None:
+            self._shifts.refresh()  # in the step itself, so that replays do it too; the mask step does the weights
+        self.add_gradients()
         return losses
 
     def _descend_together(self, branches: Sequence[Branch]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -175,6 +176,18 @@ class WorkingModel(PixelModel):
     def hand_over_gradients(self, to: Callable[[Parameter, Tensor], None]) -> None:
         """Give the tape's gradients of parameters to a function, each when it is complete."""
         self._tape.on_gradient = to
+
+    @contextmanager
+    def handing_over(self, to: Callable[[Parameter, Tensor], None]) -> Iterator[None]:
+        """Within, :meth:`hand_over_gradients`, where there is a tape that fits; otherwise they are added as ever."""
+        tape = self._tape if self._tape is not None and self._tape.fits() else None
+        if tape is not None:
+            tape.on_gradient = to
+        try:
+            yield
+        finally:
+            if tape is not None:
+                tape.on_gradient = None
 
     def _check_nobody_waits(self) -> None:
         """Raise where gradients of parameters would go elsewhere than to who they are handed over to."""

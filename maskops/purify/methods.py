@@ -35,25 +35,24 @@ from maskops.purify.swm import swm
 class Method:
     """A way to purify a model.
 
-    run:     ``run(model, clean_data, *, preset, on_epoch, **options)``, which returns a :class:`Purification`
+    run:     ``run(model, clean_data, *, preset, on_epoch, checkpoint, resume, **options)``, which returns a
+             :class:`Purification`
     presets: name -> where its options and setting begin
     title:   what it is, in a few words
-    resumes: whether ``run`` takes ``checkpoint`` and ``resume``
     splits:  whether the processes of a group split its batches
     """
 
     run: Callable[..., Purification]
     presets: Mapping[str, Preset]
     title: str
-    resumes: bool = False
     splits: bool = False
 
 
 METHODS = {
-    "awm": Method(awm, AWM_PRESETS, "Adversarial Weight Masking (Chai & Chen 2022)", resumes=True, splits=True),
-    "swm": Method(swm, SWM_PRESETS, "Soft Weight Masking (Chai & Chen 2022, Eq. 4.1)", resumes=True, splits=True),
-    "anp": Method(anp, ANP_PRESETS, "Adversarial Neuron Pruning (Wu & Wang 2021)", resumes=True, splits=True),
-    "nft": Method(nft, NFT_PRESETS, "Neural mask Fine-Tuning (Karim et al. 2024)", resumes=True, splits=True),
+    "awm": Method(awm, AWM_PRESETS, "Adversarial Weight Masking (Chai & Chen 2022)", splits=True),
+    "swm": Method(swm, SWM_PRESETS, "Soft Weight Masking (Chai & Chen 2022, Eq. 4.1)", splits=True),
+    "anp": Method(anp, ANP_PRESETS, "Adversarial Neuron Pruning (Wu & Wang 2021)", splits=True),
+    "nft": Method(nft, NFT_PRESETS, "Neural mask Fine-Tuning (Karim et al. 2024)", splits=True),
     "ft": Method(ft, FT_PRESETS, "Fine-tuning"),
     "fine_pruning": Method(fine_pruning, FINE_PRUNING_PRESETS, "Fine-Pruning (Liu et al. 2018)"),
     "ibau": Method(ibau, IBAU_PRESETS, "Implicit Backdoor Adversarial Unlearning (Zeng et al. 2022)"),

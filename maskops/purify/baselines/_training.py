@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,29 +59,6 @@ def train(
         if after_step is not None:
             after_step()
         run.note(note, loss)
-
-
-def unlearn(run: Run, model: PixelModel, options: Any) -> None:
-    """Climb the cross entropy until the accuracy is at most ``least_accuracy``; options are RNP's."""
-    optimizer = sgd(model, replace(options, lr=options.unlearn_lr))
-    for epoch in run.epochs(options.unlearn_epochs):
-        set_lr(optimizer, options.unlearn_lr * options.lr_decay ** (epoch // options.lr_decay_epochs))
-        seen, right = 0, torch.zeros((), device=run.device)
-        with run.phase("unlearn"):
-            for batch in one_pass(run, options.batch_size):
-                images, labels = run.sample(batch)
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels)
-                optimizer.zero_grad()
-                (-loss).backward()
-                if options.max_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
-                optimizer.step()
-                seen += len(batch)
-                right += (logits.argmax(1) == labels).sum()
-                run.note("unlearning loss", loss)
-        if right / seen <= options.least_accuracy:
-            break
 
 
 @torch.no_grad()

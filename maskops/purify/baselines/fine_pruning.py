@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskops._state import eval_mode
-from maskops.purify._loop import OnEpoch, Purification, Run, cosine
-from maskops.purify._options import Preset, choice, number, settle
+from maskops._state import eval_mode, seeded_layers
+from maskops.purify._loop import OnEpoch, Purification, cosine
+from maskops.purify._options import Preset, choice, number
 from maskops.purify._setting import Setting
-from maskops.purify._working import PixelModel
+from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._trace import activity, last_linear
 from maskops.purify.baselines._training import check_training, finish, hits, one_pass, set_lr, sgd, train
 
@@ -69,6 +71,8 @@ def fine_pruning(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Prune the neurons that are least active on clean images, as long as the accuracy allows; then fine-tune the rest.
@@ -77,7 +81,8 @@ def fine_pruning(
     layer lies between the two, the single features otherwise. To prune one is to zero the last layer's weights for it;
     they stay zero while all others are fine-tuned, in train mode.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the fine-tuning
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the
+                fine-tuning
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`FinePruningOptions` and :class:`maskops.purify.Setting`
     returns:    a :class:`maskops.purify.Purification` without masks; its history has the number of ``pruned neurons``
@@ -92,48 +97,65 @@ def fine_pruning(
     >>> result.history["pruned neurons"]
     [3.0]
     """
-    chosen, setting = settle("fine_pruning", PRESETS, preset, options)
-    run = Run("fine_pruning", model, clean_data, setting)
-    held_out = run.hold_out(chosen.held_out)
-    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-    pruned = run.trainable_copy()
-    with run.phase("pruning"), eval_mode(pruned):
-        linear, kept = _prune(run, pruned, held_out, chosen)
-    optimizer = sgd(pruned, chosen)
+    return complete(FinePruning(model, clean_data, preset, on_epoch, options), checkpoint, resume)
+
+
+class FinePruning(Baseline):
+    """Pruning, then fine-tuning."""
+
+    method, presets = "fine_pruning", PRESETS
+
+    def prepare(self) -> None:
+        run, options = self.run, self.options
+        self.held_out = run.hold_out(options.held_out)
+        self.options = replace(options, batch_size=min(options.batch_size, len(run.images)))
+        self.pruned = run.trainable_copy()
+        with run.named_errors(), eval_mode(self.pruned), seeded_layers(run.setting.seed, run.device):
+            self.linear, self.inputs_per_neuron = last_linear(self.pruned, run.images[:2])
+        self.kept = torch.ones_like(self.linear.weight[0], requires_grad=False)
+        self.optimizers = [sgd(self.pruned, self.options)]
+
+    def phases(self) -> Iterator[Callable[[], None]]:
+        run, options = self.run, self.options
+        yield self.prune
+        for epoch in run.epochs(options.epochs):
+            set_lr(self.optimizers[0], options.lr * (cosine(epoch, options.epochs) if options.cosine else 1))
+            yield self.tune
+            run.report(self.on_epoch, epoch, self.pruned)
 
     @torch.no_grad()
-    def stay_pruned() -> None:
-        linear.weight.mul_(kept)
+    def prune(self) -> None:
+        """Prune within the budget: the last linear layer's weights for those of its inputs are zero from now on."""
+        run, options, linear, size = self.run, self.options, self.linear, self.inputs_per_neuron
+        with run.phase("pruning"), eval_mode(self.pruned):
+            images = run.images.split(options.batch_size)
+            order = activity(self.pruned, linear, images).view(-1, size).mean(1).argsort(stable=True)
+            weight, kept = linear.weight.clone(), torch.ones(len(order), dtype=self.kept.dtype, device=run.device)
+            before = hits(run, self.pruned.network, *self.held_out)
+            allowed = options.budget * (before if options.relative else len(self.held_out[1]))
+            step, count = max(1, round(options.step * len(order))), 0
+            while count + step < len(order):
+                fewer = kept.index_fill(0, order[: count + step], 0)
+                linear.weight.copy_(weight * fewer.repeat_interleave(size))
+                if before - hits(run, self.pruned.network, *self.held_out) > allowed + 1e-6:
+                    break
+                kept, count = fewer, count + step
+            self.kept.copy_(kept.repeat_interleave(size))
+            linear.weight.copy_(weight * self.kept)
+        run.history["pruned neurons"] = [float(count)]
 
-    for epoch in run.epochs(chosen.epochs):
-        set_lr(optimizer, chosen.lr * (cosine(epoch, chosen.epochs) if chosen.cosine else 1))
+    def tune(self) -> None:
+        run, options = self.run, self.options
         with run.phase("fine-tuning"):
-            train(run, pruned, optimizer, one_pass(run, chosen.batch_size), stay_pruned)
-        run.report(on_epoch, epoch, pruned)
+            batches = one_pass(run, options.batch_size)
+            train(run, self.pruned, self.optimizers[0], batches, self.stay_pruned)
 
-    return finish(run, chosen, pruned)
+    @torch.no_grad()
+    def stay_pruned(self) -> None:
+        self.linear.weight.mul_(self.kept)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {**tensors_of(pruned=self.pruned), "kept": self.kept}
 
-@torch.no_grad()
-def _prune(
-    run: Run, model: PixelModel, held_out: tuple[Tensor, Tensor], options: FinePruningOptions
-) -> tuple[nn.Linear, Tensor]:
-    """Prune within the budget; returns the last linear layer and zeros for those of its inputs that are pruned."""
-    with run.named_errors():
-        linear, size = last_linear(model, run.images[:2])
-    per_neuron = activity(model, linear, run.images.split(options.batch_size)).view(-1, size).mean(1)
-    order = per_neuron.argsort(stable=True)
-    weight, kept = linear.weight.clone(), torch.ones_like(per_neuron)
-    before = hits(run, model.network, *held_out)
-    allowed = options.budget * (before if options.relative else len(held_out[1]))
-    step, count = max(1, round(options.step * len(order))), 0
-    while count + step < len(order):
-        fewer = kept.index_fill(0, order[: count + step], 0)
-        linear.weight.copy_(weight * fewer.repeat_interleave(size))
-        if before - hits(run, model.network, *held_out) > allowed + 1e-6:
-            break
-        kept, count = fewer, count + step
-    kept = kept.repeat_interleave(size)
-    linear.weight.copy_(weight * kept)
-    run.history["pruned neurons"] = [float(count)]
-    return linear, kept
+    def result(self) -> Purification:
+        return finish(self.run, self.options, self.pruned)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from maskops.purify._loop import OnEpoch, Purification, Run, cosine
-from maskops.purify._options import Auto, Preset, choice, number, settle
+from maskops.purify._options import Auto, Preset, choice, number
 from maskops.purify._setting import Setting
+from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._training import check_training, finish, one_pass, set_lr, sgd, train
 
 
@@ -58,13 +60,15 @@ def ft(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Fine-tune all weights on clean images, in train mode, and hope that the backdoor is forgotten.
 
         min over θ: E L(f(x; θ), y)
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`
     preset:     ``"paper"``, ``"anp"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`FTOptions` and :class:`maskops.purify.Setting`
     returns:    a :class:`maskops.purify.Purification` without masks
@@ -79,19 +83,36 @@ def ft(
     >>> len(result.history["loss"])
     3
     """
-    chosen, setting = settle("ft", PRESETS, preset, options)
-    run = Run("ft", model, clean_data, setting)
-    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-    tuned = run.trainable_copy()
-    optimizer = sgd(tuned, chosen)
+    return complete(FT(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
-    for epoch in run.epochs(chosen.epochs):
-        set_lr(optimizer, chosen.lr * (cosine(epoch, chosen.epochs) if chosen.cosine else 1))
-        with run.phase("fine-tuning"):
-            train(run, tuned, optimizer, _batches(run, chosen))
-        run.report(on_epoch, epoch, tuned)
 
-    return finish(run, chosen, tuned)
+class FT(Baseline):
+    """Fine-tuning as an algorithm."""
+
+    method, presets = "ft", PRESETS
+
+    def prepare(self) -> None:
+        run, options = self.run, self.options
+        self.options = replace(options, batch_size=min(options.batch_size, len(run.images)))
+        self.tuned = run.trainable_copy()
+        self.optimizers = [sgd(self.tuned, self.options)]
+
+    def phases(self) -> Iterator[Callable[[], None]]:
+        run, options = self.run, self.options
+        for epoch in run.epochs(options.epochs):
+            set_lr(self.optimizers[0], options.lr * (cosine(epoch, options.epochs) if options.cosine else 1))
+            yield self.tune
+            run.report(self.on_epoch, epoch, self.tuned)
+
+    def tune(self) -> None:
+        with self.run.phase("fine-tuning"):
+            train(self.run, self.tuned, self.optimizers[0], _batches(self.run, self.options))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return tensors_of(tuned=self.tuned)
+
+    def result(self) -> Purification:
+        return finish(self.run, self.options, self.tuned)
 
 
 def _batches(run: Run, options: FTOptions) -> Iterator[Tensor]:

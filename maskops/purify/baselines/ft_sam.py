@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskops.purify._loop import OnEpoch, Purification, Run, cosine
-from maskops.purify._options import Preset, number, optional, settle
+from maskops.purify._options import Preset, number, optional
 from maskops.purify._setting import Setting
 from maskops.purify._working import PixelModel
+from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._training import check_training, finish, one_pass, set_lr, sgd
 
 
@@ -66,6 +69,8 @@ def ft_sam(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Fine-tune all weights against the worst weights nearby, in a neighbourhood that scales with each weight.
@@ -74,7 +79,7 @@ def ft_sam(
 
     The model runs in train mode; its running statistics follow the clean weights alone.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`FTSAMOptions` and :class:`maskops.purify.Setting`
     returns:    a :class:`maskops.purify.Purification` without masks
@@ -88,23 +93,41 @@ def ft_sam(
     >>> sorted(ft_sam(net, (images, labels), epochs=2, progress=False).history)
     ['loss', 'perturbed loss']
     """
-    chosen, setting = settle("ft_sam", PRESETS, preset, options)
-    run = Run("ft_sam", model, clean_data, setting)
-    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-    tuned = run.trainable_copy()
-    optimizer = sgd(tuned, chosen)
-    step = 0
+    return complete(FTSAM(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
-    for epoch in run.epochs(chosen.epochs):
+
+class FTSAM(Baseline):
+    """The problem above as an algorithm."""
+
+    method, presets = "ft_sam", PRESETS
+
+    def prepare(self) -> None:
+        run, options = self.run, self.options
+        self.options = replace(options, batch_size=min(options.batch_size, len(run.images)))
+        self.tuned = run.trainable_copy()
+        self.optimizers = [sgd(self.tuned, self.options)]
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    def phases(self) -> Iterator[Callable[[], None]]:
+        for epoch in self.run.epochs(self.options.epochs):
+            yield partial(self.tune, epoch)
+            self.run.report(self.on_epoch, epoch, self.tuned)
+
+    def tune(self, epoch: int) -> None:
+        run, options, (optimizer,) = self.run, self.options, self.optimizers
         with run.phase("fine-tuning"):
-            for batch in one_pass(run, chosen.batch_size):
-                at = (epoch, chosen.epochs) if chosen.cosine_steps is None else (step, chosen.cosine_steps)
-                set_lr(optimizer, chosen.lr * cosine(*at))
-                _step(run, tuned, optimizer, batch, chosen)
-                step += 1
-        run.report(on_epoch, epoch, tuned)
+            for batch in one_pass(run, options.batch_size):
+                once = options.cosine_steps is None
+                at = (epoch, options.epochs) if once else (int(self.steps), options.cosine_steps)
+                set_lr(optimizer, options.lr * cosine(*at))
+                _step(run, self.tuned, optimizer, batch, options)
+                self.steps += 1
 
-    return finish(run, chosen, tuned)
+    def tensors(self) -> dict[str, Tensor]:
+        return {**tensors_of(tuned=self.tuned), "steps": self.steps}
+
+    def result(self) -> Purification:
+        return finish(self.run, self.options, self.tuned)
 
 
 def _step(run: Run, model: PixelModel, optimizer: torch.optim.SGD, batch: Tensor, options: FTSAMOptions) -> None:

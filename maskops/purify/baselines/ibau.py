@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskops.purify._images import CleanImages
-from maskops.purify._loop import OnEpoch, Purification, Run
-from maskops.purify._options import Auto, Preset, choice, number, settle
+from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._options import Auto, Preset, choice, number
 from maskops.purify._setting import Setting
+from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._hypergradient import hypergradient
 from maskops.purify.baselines._training import finish
 from maskops.purify.baselines._universal_trigger import ascended, inner_objective, outer_objective
@@ -91,6 +94,8 @@ def ibau(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Fine-tune all weights against a universal trigger, whose own answer to the weights is part of the gradient.
@@ -99,7 +104,7 @@ def ibau(
 
     The model runs in eval mode: its running statistics stay as they are.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`IBAUOptions` and :class:`maskops.purify.Setting`
     returns:    a :class:`maskops.purify.Purification` without masks, with the last trigger
@@ -115,31 +120,51 @@ def ibau(
     >>> tuple(result.trigger.shape)
     (1, 1, 8, 8)
     """
-    chosen, setting = settle("ibau", PRESETS, preset, options)
-    run = Run("ibau", model, clean_data, setting)
-    chosen = chosen.for_images(run.images)
-    unlearned = run.trainable_copy().eval()
-    parameters = list(unlearned.parameters())
-    adam = torch.optim.Adam(parameters, lr=chosen.lr)
-    order = torch.arange(len(run.images)).split(chosen.batch_size)
+    return complete(IBAU(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
-    # the faster kernels of attention have no second derivatives
-    with sdpa_kernel(SDPBackend.MATH):
-        for epoch in run.epochs(chosen.epochs):
-            batches = [run.sample(run.batch_of(index)) for index in order]
+
+class IBAU(Baseline):
+    """Algorithm 1."""
+
+    method, presets = "ibau", PRESETS
+
+    def prepare(self) -> None:
+        run = self.run
+        self.options = self.options.for_images(run.images)
+        self.unlearned = run.trainable_copy().eval()
+        self.trigger = torch.zeros_like(run.images[:1])
+        self.order = torch.arange(len(run.images)).split(self.options.batch_size)
+        self.optimizers = [torch.optim.Adam(self.unlearned.parameters(), lr=self.options.lr)]
+
+    def phases(self) -> Iterator[Callable[[], None]]:
+        for epoch in self.run.epochs(self.options.epochs):
+            yield self.round
+            self.run.report(self.on_epoch, epoch, self.unlearned)
+
+    def round(self) -> None:
+        run = self.run
+        batches = [run.sample(run.batch_of(index)) for index in self.order]
+        with sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivatives
             with run.phase("inner"):
-                trigger = ascended(run, unlearned, batches, chosen)
+                self.trigger.copy_(ascended(run, self.unlearned, batches, self.options))
             with run.phase("outer"):
-                for batch in batches:
-                    inner_batch = batches[0] if chosen.inner_batch == "first" else batch
-                    inner = inner_objective(unlearned, inner_batch, chosen)
-                    outer = outer_objective(run, unlearned, batch, chosen)
-                    fixed_point = chosen.terms, chosen.fixed_point_step
-                    loss, gradients = hypergradient(outer, inner, trigger, parameters, *fixed_point)
-                    for parameter, gradient in zip(parameters, gradients, strict=True):
-                        parameter.grad = gradient
-                    adam.step()
-                    run.note("outer loss", loss)
-            run.report(on_epoch, epoch, unlearned)
+                self.descend(batches)
 
-    return finish(run, chosen, unlearned, trigger=trigger)
+    def descend(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        run, options, model, (adam,) = self.run, self.options, self.unlearned, self.optimizers
+        parameters = list(model.parameters())
+        for batch in batches:
+            inner = inner_objective(model, batches[0] if options.inner_batch == "first" else batch, options)
+            outer = outer_objective(run, model, batch, options)
+            fixed_point = options.terms, options.fixed_point_step
+            loss, gradients = hypergradient(outer, inner, self.trigger, parameters, *fixed_point)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            adam.step()
+            run.note("outer loss", loss)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**tensors_of(unlearned=self.unlearned), "trigger": self.trigger}
+
+    def result(self) -> Purification:
+        return finish(self.run, self.options, self.unlearned, trigger=self.trigger)

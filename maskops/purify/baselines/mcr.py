@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import Parameter
 
-from maskops.purify._loop import OnEpoch, Purification, Run
-from maskops.purify._options import Preset, number, settle
+from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._options import Preset, number
 from maskops.purify._setting import Setting
-from maskops.purify._working import PixelModel
+from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._training import (
     check_training,
     finish,
@@ -73,6 +75,8 @@ def mcr(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Walk from the model towards its fine-tuned copy, along a curve of low loss on clean images.
@@ -82,7 +86,8 @@ def mcr(
     θ₀ are the given weights, θ₁ the fine-tuned ones. All models run in train mode; the running statistics of the one
     that is returned are measured on the clean images.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the model at ``t``
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the
+                model at ``t``
     preset:     ``"paper"``, ``"anp"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`MCROptions` and :class:`maskops.purify.Setting`
     returns:    a :class:`maskops.purify.Purification` without masks
@@ -98,48 +103,83 @@ def mcr(
     >>> sorted(mcr(net, (images, labels), epochs=2, end_epochs=2, progress=False).history)
     ['curve loss', 'end loss']
     """
-    chosen, setting = settle("mcr", PRESETS, preset, options)
-    run = Run("mcr", model, clean_data, setting)
-    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-    curve, end = run.trainable_copy(), run.trainable_copy()
-    optimizer = sgd(end, replace(chosen, lr=chosen.end_lr))
-    for _ in run.epochs(chosen.end_epochs):
-        with run.phase("end"):
-            train(run, end, optimizer, one_pass(run, chosen.batch_size), note="end loss")
+    return complete(MCR(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
-    first, last = _weights(curve), _weights(end)
-    inner = {name: Parameter((first[name] + last[name]) / 2) for name in first}
-    optimizer = torch.optim.SGD(inner.values(), lr=chosen.lr, momentum=chosen.momentum)
-    for epoch in run.epochs(chosen.epochs):
+
+class MCR(Baseline):
+    """Fine-tuning of one end of the curve, then of its inner point."""
+
+    method, presets = "mcr", PRESETS
+
+    def prepare(self) -> None:
+        run, options = self.run, self.options
+        self.options = options = replace(options, batch_size=min(options.batch_size, len(run.images)))
+        self.curve, self.end = run.trainable_copy(), run.trainable_copy()
+        self.first = {name: weight.clone() for name, weight in _weights(self.curve).items()}  # these will be at t
+        self.last = _weights(self.end)
+        self.inner = {name: Parameter(weight.clone()) for name, weight in self.first.items()}
+        of_inner = torch.optim.SGD(self.inner.values(), lr=options.lr, momentum=options.momentum)
+        self.optimizers = [sgd(self.end, replace(options, lr=options.end_lr)), of_inner]
+
+    def phases(self) -> Iterator[Callable[[], None]]:
+        run, options = self.run, self.options
+        for _ in run.epochs(options.end_epochs):
+            yield self.tune_end
+
+        self.optimizers[0].state.clear()  # memory that nobody needs any more
+        with torch.no_grad():
+            for name, weight in self.inner.items():
+                weight.copy_((self.first[name] + self.last[name]) / 2)
+        for epoch in run.epochs(options.epochs):
+            yield self.tune_curve
+            if self.on_epoch is not None and not run.replaying:
+                self.settle()
+                run.report(self.on_epoch, epoch, self.curve)
+
+        yield self.measure
+
+    def tune_end(self) -> None:
+        run = self.run
+        with run.phase("end"):
+            train(run, self.end, self.optimizers[0], one_pass(run, self.options.batch_size), note="end loss")
+
+    def tune_curve(self) -> None:
+        run, options, optimizer = self.run, self.options, self.optimizers[1]
         with run.phase("curve"):
-            for batch in one_pass(run, chosen.batch_size):
+            for batch in one_pass(run, options.batch_size):
                 images, labels = run.sample(batch)
-                weights = _bezier(first, inner, last, float(torch.rand((), generator=run.generator)))
-                loss = F.cross_entropy(functional_call(curve, weights, (images,)), labels)
-                decay = sum(weight.square().sum() for weight in weights.values()) * chosen.weight_decay / 2
+                weights = self.at(float(torch.rand((), generator=run.generator)))
+                loss = F.cross_entropy(functional_call(self.curve, weights, (images,)), labels)
+                decay = sum(weight.square().sum() for weight in weights.values()) * options.weight_decay / 2
                 optimizer.zero_grad()
                 (loss + decay).backward()
                 optimizer.step()
                 run.note("curve loss", loss)
-        if on_epoch is not None:
-            _settle_at(run, curve, _bezier(first, inner, last, chosen.t), chosen.batch_size)
-            run.report(on_epoch, epoch, curve)
 
-    with run.phase("statistics"):
-        _settle_at(run, curve, _bezier(first, inner, last, chosen.t), chosen.batch_size)
-    return finish(run, chosen, curve)
+    def measure(self) -> None:
+        with self.run.phase("statistics"):
+            self.settle()
+
+    def at(self, t: float) -> Weights:
+        """φ(t), a quadratic Bezier curve."""
+        first, inner, last = self.first, self.inner, self.last
+        return {name: (1 - t) ** 2 * first[name] + 2 * t * (1 - t) * inner[name] + t**2 * last[name] for name in first}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the model that of the place that is returned."""
+        weights = self.at(self.options.t)
+        for name, parameter in self.curve.named_parameters():
+            parameter.copy_(weights[name])
+        measure_statistics(self.curve, self.run.images, self.options.batch_size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        inner = {f"inner {name}": weight for name, weight in self.inner.items()}
+        return {**tensors_of(curve=self.curve, end=self.end), **inner}
+
+    def result(self) -> Purification:
+        return finish(self.run, self.options, self.curve)
 
 
 def _weights(model: nn.Module) -> Weights:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def _bezier(first: Weights, inner: Weights, last: Weights, t: float) -> Weights:
-    return {name: (1 - t) ** 2 * first[name] + 2 * t * (1 - t) * inner[name] + t**2 * last[name] for name in first}
-
-
-@torch.no_grad()
-def _settle_at(run: Run, model: PixelModel, weights: Weights, batch_size: int) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
-    measure_statistics(model, run.images, batch_size)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from maskops.purify._loop import OnEpoch, Purification, Run
-from maskops.purify._options import Preset, number, settle
+from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._options import Preset, number
 from maskops.purify._setting import Setting
+from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._trace import attention, check_maps
 from maskops.purify.baselines._training import check_training, finish, one_pass, set_lr, sgd, train
 
@@ -80,6 +82,8 @@ def nad(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Fine-tune a copy of the model, then the model itself with that copy's attention as the example.
@@ -88,7 +92,7 @@ def nad(
 
     F_l are the last feature maps that the network computes at each of its last resolutions of more than one pixel.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the student
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the student
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`NADOptions` and :class:`maskops.purify.Setting`
     returns:    a :class:`maskops.purify.Purification` without masks
@@ -104,40 +108,64 @@ def nad(
     >>> sorted(nad(net, (images, labels), progress=False).history)
     ['attention loss', 'loss', 'teacher loss']
     """
-    chosen, setting = settle("nad", PRESETS, preset, options)
-    run = Run("nad", model, clean_data, setting)
-    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-    teacher, student = run.trainable_copy(), run.trainable_copy()
-    count = len(chosen.betas)
-    with run.named_errors():
-        check_maps(student, run.images[:2])
-    optimizer = sgd(teacher, chosen)
-    for epoch in run.epochs(chosen.teacher_epochs):
-        set_lr(optimizer, _learning_rate(epoch, chosen))
-        with run.phase("teacher"):
-            train(run, teacher, optimizer, one_pass(run, chosen.batch_size), note="teacher loss")
+    return complete(NAD(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
-    teacher.eval()
-    optimizer = sgd(student, chosen)
-    for epoch in run.epochs(chosen.epochs):
-        set_lr(optimizer, _learning_rate(epoch, chosen))
+
+class NAD(Baseline):
+    """Fine-tuning of the teacher, then distillation into the student."""
+
+    method, presets = "nad", PRESETS
+
+    def prepare(self) -> None:
+        run, options = self.run, self.options
+        self.options = replace(options, batch_size=min(options.batch_size, len(run.images)))
+        self.teacher, self.student = run.trainable_copy(), run.trainable_copy()
+        with run.named_errors():
+            check_maps(self.student, run.images[:2])
+        self.optimizers = [sgd(model, self.options) for model in (self.teacher, self.student)]
+
+    def phases(self) -> Iterator[Callable[[], None]]:
+        run, options, (of_teacher, of_student) = self.run, self.options, self.optimizers
+        for epoch in run.epochs(options.teacher_epochs):
+            set_lr(of_teacher, _learning_rate(epoch, options))
+            yield self.teach
+
+        of_teacher.state.clear()  # memory that nobody needs any more
+        self.teacher.eval()
+        for epoch in run.epochs(options.epochs):
+            set_lr(of_student, _learning_rate(epoch, options))
+            yield self.distil
+            run.report(self.on_epoch, epoch, self.student)
+
+    def teach(self) -> None:
+        run = self.run
+        with run.phase("teacher"):
+            batches = one_pass(run, self.options.batch_size)
+            train(run, self.teacher, self.optimizers[0], batches, note="teacher loss")
+
+    def distil(self) -> None:
+        run, options, optimizer = self.run, self.options, self.optimizers[1]
+        count = len(options.betas)
         with run.phase("distillation"):
-            for batch in one_pass(run, chosen.batch_size):
+            for batch in one_pass(run, options.batch_size):
                 images, labels = run.sample(batch)
                 with torch.no_grad():
-                    _, taught = attention(teacher, images, count, chosen.power)
-                logits, own = attention(student, images, count, chosen.power)
+                    _, taught = attention(self.teacher, images, count, options.power)
+                logits, own = attention(self.student, images, count, options.power)
                 loss = F.cross_entropy(logits, labels)
-                weights = chosen.betas[-len(own) :]
+                weights = options.betas[-len(own) :]
                 distance = sum(b * F.mse_loss(a, t) for b, a, t in zip(weights, own, taught, strict=True))
                 optimizer.zero_grad()
                 (loss + distance).backward()
                 optimizer.step()
                 run.note("loss", loss)
                 run.note("attention loss", distance)
-        run.report(on_epoch, epoch, student)
 
-    return finish(run, chosen, student)
+    def tensors(self) -> dict[str, Tensor]:
+        return tensors_of(teacher=self.teacher, student=self.student)
+
+    def result(self) -> Purification:
+        return finish(self.run, self.options, self.student)
 
 
 def _learning_rate(epoch: int, options: NADOptions) -> float:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from maskops.optim import MaskSGD
-from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
-from maskops.purify._options import Auto, Preset, choice, number, optional, settle
+from maskops.purify._options import Auto, Preset, choice, number, optional
 from maskops.purify._pruning import apply_masks, kept, threshold_within
 from maskops.purify._setting import MaskSetting
-from maskops.purify.baselines._training import hits, one_pass, unlearn
+from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
+from maskops.purify.baselines._training import hits, one_pass, set_lr, sgd
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ def rnp(
     *,
     preset: str = "paper",
     on_epoch: OnEpoch | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Purification:
     """Purify a model by pruning the neurons that aren't needed to relearn what was unlearned.
@@ -90,7 +96,8 @@ def rnp(
     and then every neuron with a small m is cut out of the original weights; biases stay. A neuron is what it is for
     :func:`maskops.purify.anp`. Both models run in train mode.
 
-    model, clean_data, on_epoch: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the unlearned model with masks
+    model, clean_data, on_epoch, checkpoint, resume: as in :func:`maskops.purify.awm`; ``on_epoch`` measures the
+                unlearned model with masks
     preset:     ``"paper"`` or ``"official"``: see :data:`PRESETS`
     options:    single fields of :class:`RNPOptions` and :class:`maskops.purify.MaskSetting`
     returns:    a :class:`maskops.purify.Purification`; ``.masks`` are zeros and ones, ``.scores`` the masks as learned,
@@ -106,30 +113,88 @@ def rnp(
     >>> result.masks["1.neuron_mask"].sum().item()
     4.0
     """
-    chosen, setting = settle("rnp", PRESETS, preset, options)
-    choice("rnp", setting, "folded", (True,))
-    run = Run("rnp", model, clean_data, setting)
-    held_out = run.hold_out(chosen.held_out) if chosen.threshold == "auto" else None
-    chosen = replace(chosen, batch_size=min(chosen.batch_size, len(run.images)))
-    unlearned = run.trainable_copy()
-    unlearn(run, unlearned, chosen)
+    return complete(RNP(model, clean_data, preset, on_epoch, options), checkpoint, resume)
 
-    masked = MaskRun("rnp", unlearned.network, clean_data, setting, batch_statistics=True, within=True)
-    masks = MaskSGD(masked.arena, lr=chosen.lr, momentum=chosen.momentum)
-    for epoch in run.epochs(chosen.epochs):
+
+class RNP(Baseline):
+    """Unlearning, recovery, pruning."""
+
+    method, presets = "rnp", PRESETS
+
+    def prepare(self) -> None:
+        run, options = self.run, self.options
+        choice("rnp", run.setting, "folded", (True,))
+        self.held_out = run.hold_out(options.held_out) if options.threshold == "auto" else None
+        self.options = replace(options, batch_size=min(options.batch_size, len(run.images)))
+        self.unlearned = run.trainable_copy()
+        self.accuracy = torch.full((), 2.0, device=run.device)  # more than any: there is one pass at least
+        self.masked: MaskRun | None = None
+        self.optimizers = [sgd(self.unlearned, replace(self.options, lr=options.unlearn_lr))]
+
+    def phases(self) -> Iterator[Callable[[], None]]:
+        run, options, (ascent,) = self.run, self.options, self.optimizers
+        for epoch in run.epochs(options.unlearn_epochs):
+            set_lr(ascent, options.unlearn_lr * options.lr_decay ** (epoch // options.lr_decay_epochs))
+            yield self.unlearn
+
+        ascent.state.clear()  # memory that nobody needs any more
+        how = {"batch_statistics": True, "within": True}
+        self.masked = MaskRun("rnp", self.unlearned.network, self.clean_data, run.setting, **how)
+        masks = MaskSGD(self.masked.arena, lr=options.lr, momentum=options.momentum)
+        self.optimizers = [ascent, masks]
+        for epoch in run.epochs(options.epochs):
+            yield self.recover
+            run.report(self.on_epoch, epoch, self.masked.model)
+
+    def unlearn(self) -> None:
+        """Climb the cross entropy, unless the accuracy has come down to ``least_accuracy``."""
+        run, options, model, optimizer = self.run, self.options, self.unlearned, self.optimizers[0]
+        if self.accuracy <= options.least_accuracy:
+            return
+        seen, right = 0, torch.zeros((), device=run.device)
+        with run.phase("unlearn"):
+            for batch in one_pass(run, options.batch_size):
+                images, labels = run.sample(batch)
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                (-loss).backward()
+                if options.max_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), options.max_norm)
+                optimizer.step()
+                seen += len(batch)
+                right += (logits.argmax(1) == labels).sum()
+                run.note("unlearning loss", loss)
+        self.accuracy.copy_(right / seen)
+
+    def recover(self) -> None:
+        run, options, masks = self.run, self.options, self.optimizers[1]
         with run.phase("recover"):
-            for batch in one_pass(run, chosen.batch_size):
-                losses = masked.descend((chosen.alpha, *run.sample(batch)))
+            for batch in one_pass(run, options.batch_size):
+                losses = self.masked.descend((options.alpha, *run.sample(batch)))
                 masks.step()
                 run.note("recovery loss", losses[0])
-        run.report(on_epoch, epoch, masked.model)
 
-    original = copy.deepcopy(model).to(run.device)
-    scores = masked.finish(chosen).masks
-    if held_out is not None:
-        threshold = threshold_within(
-            chosen.budget, scores, lambda masks: hits(run, apply_masks(original, masks), *held_out), len(held_out[1])
-        )
-        chosen = replace(chosen, threshold=threshold)
-    pruned = kept(scores, threshold=chosen.threshold)
-    return run.finish(chosen, apply_masks(original, pruned), masks=pruned, scores=scores)
+    def tensors(self) -> dict[str, Tensor]:
+        masks = {} if self.masked is None else self.masked.tensors()
+        return {**tensors_of(unlearned=self.unlearned), "accuracy": self.accuracy, **masks}
+
+    def restored(self) -> None:
+        if self.masked is not None:
+            self.masked.arena.refresh()
+
+    def result(self) -> Purification:
+        run, options = self.run, self.options
+        original = copy.deepcopy(run.original).to(run.device)
+        scores = self.masked.finish(options).masks
+        if self.held_out is not None:
+            images, labels = self.held_out
+            threshold = threshold_within(
+                options.budget,
+                scores,
+                lambda masks: hits(run, apply_masks(original, masks), images, labels),
+                len(labels),
+            )
+            options = replace(options, threshold=threshold)
+        pruned = kept(scores, threshold=options.threshold)
+        return run.finish(options, apply_masks(original, pruned), masks=pruned, scores=scores)
