@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,9 +26,16 @@ class MaskArena:
     have it in them between :meth:`perturb` and the next :meth:`refresh`. Both branches of a loss thus use one buffer,
     one after the other, and their gradients add up in it.
 
+    An arena that keeps no effective weights has room for those alone that are needed at one time, and whoever needs
+    some has them made (:meth:`make`) just before, for the backward too. That they changed between the two is found as
+    ever: their versions are those that they would have if all were kept.
+
     weights: name -> θ of any shape, all of one dtype and device; 4-D and 5-D weights are kept in channels_last order
     masks:   name -> m, broadcastable to its weight; their values are copied, their dtypes promoted to one
     dtype:   dtype of the effective weights; the weights' by default
+    weight_dtype: the one that θ is kept in; the weights' by default
+    keep:    whether all effective weights are kept, or each is made when it is needed
+    learn:   whether gradients are kept; not for who steps the masks layer by layer
     errors:  ValueError when the names differ, when there are none, and for weights of several dtypes or devices
 
     >>> arena = MaskArena({"conv": torch.full((2, 3), 2.0)}, {"conv": torch.full((2, 1), 0.5)})
@@ -38,7 +46,14 @@ class MaskArena:
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], dtype: torch.dtype | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        keep: bool = True,
+        learn: bool = True,
     ) -> None:
         if not weights or weights.keys() != masks.keys():
             raise ValueError(
@@ -50,29 +65,43 @@ class MaskArena:
             raise ValueError(f"MaskArena: the weights must have one dtype and device; got {found}")
         dtype = next(iter(weights.values())).dtype if dtype is None else dtype
         self._elementwise = all(masks[name].shape == weights[name].shape for name in weights)
-        self.weight, self.weights = _pack(weights)
+        self.weight, self.weights = _pack(weights, weight_dtype)
         mask, self.masks = _pack(masks)
         self.mask = Parameter(mask)
-        self._layers, width = self._describe_layers()
-        self._table = torch.tensor(self._layers, dtype=torch.int64, device=self.weight.device).view(-1, width)
-        self.effective, effective_views = _pack(weights, dtype)
-        self.grad = torch.zeros_like(self.effective)
-        grads = _views(self.grad, weights)
-        self.effective_weights = {name: Parameter(view) for name, view in effective_views.items()}
-        for name, grad in grads.items():
-            self.effective_weights[name].grad = grad
+        self._layers, self._table = self._described(self.weights)
+        # what isn't kept begins side by side with nothing
+        self._starts = None if keep else dict.fromkeys(weights, 0)
+        self._tables = {} if keep else {name: self._described([name]) for name in weights}
+        self.effective = self._room(dtype)
+        self._all = self.effective if keep else None
+        self.effective_weights = {name: Parameter(view) for name, view in self._effective_views().items()}
+        self.grad = torch.zeros_like(self.weight, dtype=dtype) if learn else None
+        if learn:
+            for name, grad in _views(self.grad, weights).items():
+                self.effective_weights[name].grad = grad
+        self._names = {id(weight): name for name, weight in self.effective_weights.items()}
         self.noise: Tensor | None = None
         self._perturbed = False
         self.refresh()
 
-    def _describe_layers(self) -> tuple[list[int], int]:
-        """The table of layers that ``arena_effective_weight_`` and ``arena_mask_grad`` take, and its width."""
+    def _described(self, names: Collection[str]) -> tuple[list[int], Tensor]:
+        """These layers as ``arena_effective_weight_`` and ``arena_mask_grad`` take them: as numbers, and as a table.
+
+        One alone is as it lies in the buffers from where it begins; all are as they lie in the whole of them.
+        """
+        layers, width = self._describe_layers(names)
+        return layers, torch.tensor(layers, dtype=torch.int64, device=self.weight.device).view(-1, width)
+
+    def _describe_layers(self, names: Collection[str]) -> tuple[list[int], int]:
+        alone = len(names) == 1
         if self._elementwise:  # one layer, so that a kernel need not look for it
-            return [0, self.weight.numel(), 0, self.mask.numel(), self.weight.numel(), 1], 6
+            length = sum(_length(self.weights[name]) for name in names)
+            return [0, length, 0, length, length, 1], 6
         rows = []
-        for name, weight in self.weights.items():
-            mask = self.masks[name]
-            where = weight.storage_offset(), weight.numel(), mask.storage_offset(), mask.numel()
+        for name in names:
+            weight, mask = self.weights[name], self.masks[name]
+            starts = (0, 0) if alone else (weight.storage_offset(), mask.storage_offset())
+            where = starts[0], weight.numel(), starts[1], mask.numel()
             if weight.numel():
                 rows.append((where, _collapse(weight, mask.expand(weight.shape))))
         dims = max((len(space) for _, space in rows), default=1)
@@ -102,7 +131,78 @@ class MaskArena:
         self._perturbed = True
 
     def _write_effective(self, noise: Tensor | None) -> None:
-        _ops.arena_effective_weight_(self.effective, self.weight, self.mask, noise, self._table, self._layers)
+        if self._all is None:
+            self._changed()
+        else:
+            _ops.arena_effective_weight_(self._all, self.weight, self.mask, noise, self._table, self._layers)
+
+    def _changed(self) -> None:
+        torch.autograd.graph.increment_version(list(self.effective_weights.values()))
+
+    def lay_out(self, together: Iterable[Iterable[Tensor]]) -> None:
+        """Have room for those effective weights alone that are needed at one time, in an arena that keeps none.
+
+        together: for each time tensors, of which those that are effective weights are needed
+        """
+        groups = [{name for tensor in tensors if (name := self._names.get(id(tensor)))} for tensors in together]
+        self._starts = _side_by_side({name: _length(weight) for name, weight in self.weights.items()}, groups)
+        self.effective = self._room(self.effective.dtype)
+        self._point_to(self._effective_views())
+
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        ends = [(self._starts or {}).get(name, 0) + _length(weight) for name, weight in self.weights.items()]
+        length = self.weight.numel() if self._starts is None else max(ends)
+        return torch.zeros(length, dtype=dtype, device=self.weight.device)
+
+    def _effective_views(self) -> dict[str, Tensor]:
+        return _views(self.effective, self.weights, self._starts)
+
+    def _point_to(self, views: Mapping[str, Tensor]) -> None:
+        for name, view in views.items():
+            self.effective_weights[name].data = view
+
+    @torch.no_grad()
+    def make(self, tensors: Iterable[Tensor]) -> None:
+        """Write those effective weights that are among these tensors, unless all are kept."""
+        if self._all is not None:
+            return
+        for tensor in tensors:
+            name = self._names.get(id(tensor))
+            if name is not None and tensor.numel():
+                self._make(name)
+
+    def _make(self, name: str) -> None:
+        weight, mask, (layers, table) = self.weights[name], self.masks[name], self._tables[name]
+        at, of_mask = _place(weight), _place(mask)
+        start = self._starts[name]
+        noise = self.noise[of_mask] if self._perturbed else None
+        # the buffer's version is none of its parameters'
+        effective = self.effective[start : start + _length(weight)]
+        _ops.arena_effective_weight_(effective, self.weight[at], self.mask[of_mask], noise, table, layers)
+
+    def is_effective(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the effective weights."""
+        return id(tensor) in self._names
+
+    def lends(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory that effective weights share."""
+        return self._all is None and tensor.untyped_storage()._cdata == self.effective.untyped_storage()._cdata
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, all effective weights are there, whether they are kept or not."""
+        if self._all is not None:
+            yield
+            return
+        self._all = torch.zeros_like(self.weight, dtype=self.effective.dtype)
+        with torch.no_grad():
+            self._write_effective(self.noise if self._perturbed else None)
+        self._point_to(_views(self._all, self.weights))
+        try:
+            yield
+        finally:
+            self._all = None
+            self._point_to(self._effective_views())
 
     @torch.no_grad()
     def draw_noise(self, bound: float, generator: torch.Generator) -> None:
@@ -126,11 +226,11 @@ class MaskArena:
         """Whether each mask has its weight's shape."""
         return self._elementwise
 
-    def drop_grad(self) -> None:
-        """Keep no gradient: who steps the masks layer by layer needs none."""
-        self.grad = None
-        for weight in self.effective_weights.values():
-            weight.grad = None
+    def layer(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Masks, weights and, where they are kept, effective weights of a layer, flat; its masks have its shape."""
+        place = self.place(name)
+        # in the midst of a backward: autograd is told of the change when all of them are stepped
+        return self.mask[place], self.weight[place], None if self._all is None else self._all.data[place]
 
     def place(self, name: str) -> slice:
         """Where a layer lies in the flat buffers, if the masks have the shapes of their weights."""
@@ -147,7 +247,7 @@ class MaskArena:
     def step_arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What a mask step works on: masks and gradient; θ and effective weight too where the masks have its shape."""
         if self._elementwise:
-            return self.mask, self.grad, self.weight, self.effective
+            return self.mask, self.grad, self.weight, self._all
         return self.mask, self.mask_grad(), None, None
 
     def mask_grad(self) -> Tensor:
@@ -158,6 +258,8 @@ class MaskArena:
         """After a mask step: effective weights that the step didn't write, and gradients of zero."""
         if not self._elementwise:
             self.refresh()
+        elif self._all is None or self.grad is None:
+            self._changed()
         self._perturbed = False
         self.zero_grad()
 
@@ -185,12 +287,37 @@ def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return widest
 
 
-def _views(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    views, start = {}, 0
+def _views(flat: Tensor, like: Mapping[str, Tensor], starts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Views with the shapes of these tensors: one after the other, unless it is said where each begins."""
+    views, end = {}, 0
     for name, tensor in like.items():
+        start = end if starts is None else starts[name]
         views[name] = _view(flat[start : start + tensor.numel()], tensor.shape)
-        start += _length(tensor)
+        end = start + _length(tensor)
     return views
+
+
+def _side_by_side(lengths: Mapping[str, int], groups: Collection[Collection[str]]) -> dict[str, int]:
+    """Where each piece begins, so that none overlaps with another of one of its groups, and they end early.
+
+    >>> _side_by_side({"a": 32, "b": 16, "c": 48}, [{"a", "b"}, {"c"}])
+    {'a': 0, 'b': 32, 'c': 0}
+    """
+    starts: dict[str, int] = {}
+    for name, length in lengths.items():
+        beside = set().union(*(group for group in groups if name in group)) & starts.keys()
+        start = 0
+        for other_start, end in sorted((starts[other], starts[other] + lengths[other]) for other in beside):
+            if start + length <= other_start:
+                break
+            start = max(start, end)
+        starts[name] = start
+    return starts
+
+
+def _place(view: Tensor) -> slice:
+    """Where a view lies in its flat buffer, with the zeros behind it."""
+    return slice(view.storage_offset(), view.storage_offset() + _length(view))
 
 
 def _length(tensor: Tensor) -> int:

@@ -149,13 +149,13 @@ class MaskAdam(_MaskOptimizer):
         arena, (group,) = self._arena, self.param_groups
         if arena is None or not arena.elementwise:
             raise ValueError("MaskAdam: step_layer needs an arena whose masks have the shapes of their weights")
-        place = arena.place(name)
+        mask, weight, effective = arena.layer(name)
         # a layer has states of its own: blocks of entries in eight bits don't reach into the next
-        state = self._state(group, arena.mask, arena.mask[place], f"{name}.")
+        state = self._state(group, arena.mask, mask, f"{name}.")
         flat = grad.movedim(1, -1) if grad.dim() in (4, 5) else grad
-        tensors = arena.mask[place], flat.reshape(-1), arena.weight[place], arena.effective[place]
         lower = _number(group["lower"])
-        self._compute(group, tensors, state, lower.expand_as(arena.mask)[place] if lower.dim() else lower)
+        lower = lower.expand_as(arena.mask)[arena.place(name)] if lower.dim() else lower
+        self._compute(group, (mask, flat.reshape(-1), weight, effective), state, lower)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         tensors, lower = (mask, grad, weight, effective), _number(group["lower"])

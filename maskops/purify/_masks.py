@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ from maskops.purify._working import WorkingModel, shared_copy
 
 Branch = tuple[float, Tensor, Tensor]
 
+_MIXES = "it computes with the statistics of its batches"
+
 
 class MaskRun(Run):
     """One purification by masks under way.
@@ -43,6 +45,7 @@ class MaskRun(Run):
                       own stay as they are in any case
     biases:           None; ``"noise"``: the masked layers' biases are perturbed where the weights are; or ``"tune"``:
                       they are parameters to be learned, in :attr:`biases`
+    step_in_backward: no gradient of the whole model is kept: :meth:`step_in_backward` is to be called
     """
 
     def __init__(
@@ -55,8 +58,10 @@ class MaskRun(Run):
         batch_statistics: bool = False,
         track_statistics: bool = False,
         biases: str | None = None,
+        step_in_backward: bool = False,
         within: bool = False,
     ) -> None:
+        self._adds_up = not step_in_backward
         self.team = ALONE if within else team_of(method)
         super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
@@ -67,6 +72,7 @@ class MaskRun(Run):
             network = shared_copy(self._masked)
             layers, exclude = _chosen(network, setting)
             mask_(self._masked, setting.granularity, setting.include, exclude, layers)
+            _forget_masks(self._masked)
             self._track_statistics = batch_statistics and track_statistics
             self._prepare(network, setting, fold=not batch_statistics and biases is None)
             of_biases = Biases(self._working, biases)
@@ -82,10 +88,15 @@ class MaskRun(Run):
         self._mixes_batches = batch_statistics or any(
             isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
         )
-        if setting.recompute and (self._mixes_batches or self.model.tape_reason):
-            reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
-            raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
+        reason = self.model.tape_reason
+        self._refuse("remake_weights", setting.remake_weights, reason)
+        self._refuse("recompute", setting.recompute, _MIXES if self._mixes_batches else reason)
         self._shares_of: dict[tuple, Tensor] = {}
+
+    def _refuse(self, name: str, wanted: bool, reason: str | None) -> None:
+        """Raise ValueError for an option that is wanted where there is a reason against it."""
+        if wanted and reason is not None:
+            raise ValueError(f"{self.method}: {name}=True can't be done for this model: {reason}")
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
@@ -106,9 +117,10 @@ class MaskRun(Run):
         low = self.low_dtype if not any(isinstance(layer, NORMS) for layer in layers.values()) else None
         low = low or next(iter(weights.values())).dtype
         if setting.weight_dtype is not None:
-            weights = {name: weight.to(setting.weight_dtype) for name, weight in weights.items()}
             learned = {name: mask.float() for name, mask in learned.items()}
-        self.arena = MaskArena(weights, learned, low)
+        keep = not setting.remake_weights
+        self.arena = MaskArena(weights, learned, low, weight_dtype=setting.weight_dtype, keep=keep, learn=self._adds_up)
+        self.model.remade = None if keep else self.arena
         _set_masks(self._masked, self._owners, self.arena.masks)
         for name, owner in self._owners.items():
             self._working[name].weight = self.arena.effective_weights[owner]
@@ -184,9 +196,7 @@ class MaskRun(Run):
             reason = "it has batch norms with the statistics of their batch"
         elif not self.arena.elementwise:
             reason = "its masks are of another granularity than 'weight'"
-        if reason is not None:
-            raise ValueError(f"{self.method}: step_in_backward=True can't be done for this model: {reason}")
-        self.arena.drop_grad()
+        self._refuse("step_in_backward", True, reason)
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
 
         def step(weight: Parameter, grad: Tensor) -> None:
@@ -204,7 +214,9 @@ class MaskRun(Run):
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
         self.noise.drop()
-        with self.frozen_masks():  # no backward of a measurement reaches what is learned
+        # no backward of a measurement reaches what is learned, and it may look at the weights
+        looks = on_epoch is not None and not self.replaying
+        with self.frozen_masks(), self.arena.whole() if looks else nullcontext():
             super().report(on_epoch, epoch, model)
 
     def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
@@ -331,6 +343,14 @@ def _chosen(network: nn.Module, setting: MaskSetting) -> tuple[Any, tuple[str, .
     batch_norms = {name for name in usable if isinstance(candidates[name], _BatchNorm)}
     chosen = batch_norms or usable
     return tuple(LAYERS), (*exclude, *(name for name in candidates if name not in chosen))
+
+
+def _forget_masks(masked: nn.Module) -> None:
+    """Have masks of ones in no memory, until others take their places."""
+    for layer in masked_layers(masked).values():
+        mask = getattr(layer, layer.mask_name)
+        one = torch.ones((), dtype=mask.dtype, device=mask.device)
+        setattr(layer, layer.mask_name, Parameter(one.expand(mask.shape)))
 
 
 def _set_masks(masked: nn.Module, owners: Mapping[str, str], values: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.awm import AWMOptions
 
 _EXACT = {"gate": "bits"}, {"gate": "bits", "recompute": True}
+_REMADE = {"remake_weights": True}
 _ROUNDED = {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}
 _LADDERS: dict[str, tuple[dict[str, Any], ...]] = {
     "awm": (
@@ -29,10 +30,17 @@ _LADDERS: dict[str, tuple[dict[str, Any], ...]] = {
         {"branches": "sequential"},
         *({"branches": "sequential", **exact} for exact in _EXACT),
         {**_EXACT[-1], "step_in_backward": True},
-        {**_EXACT[-1], "step_in_backward": True, "state_bits": 8},
-        *({**_EXACT[-1], "step_in_backward": True, "state_bits": 8, **rounded} for rounded in _ROUNDED),
+        {**_EXACT[-1], "step_in_backward": True, **_REMADE},
+        {**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8},
+        *({**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8, **rounded} for rounded in _ROUNDED),
     ),
-    "swm": ({}, *_EXACT, {**_EXACT[-1], "state_bits": 8}, *({**_EXACT[-1], "state_bits": 8, **r} for r in _ROUNDED)),
+    "swm": (
+        {},
+        *_EXACT,
+        {**_EXACT[-1], **_REMADE},
+        {**_EXACT[-1], **_REMADE, "state_bits": 8},
+        *({**_EXACT[-1], **_REMADE, "state_bits": 8, **rounded} for rounded in _ROUNDED),
+    ),
     "anp": ({}, {"gate": "bits"}, {"gate": "bits", **_ROUNDED[0]}),
     "nft": ({}, {"gate": "bits"}, {"gate": "bits", **_ROUNDED[0]}),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
+from maskops.arena import MaskArena
 from maskops.lean import lean_autograd
+from maskops.purify._at_hand import AtHand
 from maskops.purify._fake import has_data
 from maskops.purify._tape import Tape, untouched
 
@@ -104,6 +107,8 @@ class WorkingModel(PixelModel):
         super().__init__(network.requires_grad_(False), mean, std, dtype)
         self._first: str | None = None
         self._tape: Tape | None = None
+        self.remade: MaskArena | None = None
+        """The arena of effective weights that are made before each use; None where all are kept."""
         self.relu_bits = True
         """Whether ReLUs keep bits where there is no tape. Layers whose weights are learned keep their inputs, which are
         outputs of ReLUs: bits would come on top."""
@@ -159,6 +164,9 @@ class WorkingModel(PixelModel):
         if isinstance(found, str):
             self.tape_reason = found
             return
+        if self.remade is not None:
+            found.remade = self.remade
+            self.remade.lay_out(found.uses())
         if not has_data():
             self._tape, self.tape_reason = found, None
             return
@@ -200,7 +208,7 @@ class WorkingModel(PixelModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies have: the tape knows the layers of this one alone."""
-        return {**super().__getstate__(), "_tape": None, "tape_reason": "this is a copy"}
+        return {**super().__getstate__(), "_tape": None, "remade": None, "tape_reason": "this is a copy"}
 
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
@@ -216,8 +224,11 @@ class WorkingModel(PixelModel):
 
     def plain(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The logits by the network's own forward, without the tape."""
-        with self._precision(images):
+        with self._precision(images), self._weights():
             return self._network_logits(images, trigger).to(images.dtype)
+
+    def _weights(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.remade is None else AtHand(self.remade)
 
     def _network_logits(self, images: Tensor, trigger: Tensor | None) -> Tensor:
         if trigger is None:

@@ -188,7 +188,7 @@ class AWM(Algorithm):
     method, presets = "awm", PRESETS
 
     def prepare(self, model: nn.Module, clean_data: Any, options: AWMOptions, setting: MaskSetting) -> None:
-        self.run = MaskRun("awm", model, clean_data, setting)
+        self.run = MaskRun("awm", model, clean_data, setting, step_in_backward=options.step_in_backward)
         self.options = options.for_images(self.run.images)
         self.lr = self.run.varying(options.lr)
         how = {"l1": options.gamma, "capturable": True, "state_bits": options.state_bits}
