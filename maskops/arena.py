@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from maskops._memory import OnDevice
+
 _ops = torch.ops.maskops
 _ALIGNMENT = 16  # elements: 16-byte vectors for every dtype down to one byte
 
@@ -36,6 +38,7 @@ class MaskArena:
     weight_dtype: the one that θ is kept in; the weights' by default
     keep:    whether all effective weights are kept, or each is made when it is needed
     learn:   whether gradients are kept; not for who steps the masks layer by layer
+    memory:  where θ and m lie; by default on the weights' device
     errors:  ValueError when the names differ, when there are none, and for weights of several dtypes or devices
 
     >>> arena = MaskArena({"conv": torch.full((2, 3), 2.0)}, {"conv": torch.full((2, 1), 0.5)})
@@ -54,6 +57,7 @@ class MaskArena:
         weight_dtype: torch.dtype | None = None,
         keep: bool = True,
         learn: bool = True,
+        memory: OnDevice | None = None,
     ) -> None:
         if not weights or weights.keys() != masks.keys():
             raise ValueError(
@@ -65,8 +69,9 @@ class MaskArena:
             raise ValueError(f"MaskArena: the weights must have one dtype and device; got {found}")
         dtype = next(iter(weights.values())).dtype if dtype is None else dtype
         self._elementwise = all(masks[name].shape == weights[name].shape for name in weights)
-        self.weight, self.weights = _pack(weights, weight_dtype)
-        mask, self.masks = _pack(masks)
+        self.memory = OnDevice(next(iter(weights.values())).device) if memory is None else memory
+        self.weight, self.weights = _pack(weights, self.memory, weight_dtype)
+        mask, self.masks = _pack(masks, self.memory)
         self.mask = Parameter(mask)
         self._layers, self._table = self._described(self.weights)
         # what isn't kept begins side by side with nothing
@@ -75,7 +80,7 @@ class MaskArena:
         self.effective = self._room(dtype)
         self._all = self.effective if keep else None
         self.effective_weights = {name: Parameter(view) for name, view in self._effective_views().items()}
-        self.grad = torch.zeros_like(self.weight, dtype=dtype) if learn else None
+        self.grad = self.memory.zeros(len(self.weight), dtype) if learn else None
         if learn:
             for name, grad in _views(self.grad, weights).items():
                 self.effective_weights[name].grad = grad
@@ -90,7 +95,7 @@ class MaskArena:
         One alone is as it lies in the buffers from where it begins; all are as they lie in the whole of them.
         """
         layers, width = self._describe_layers(names)
-        return layers, torch.tensor(layers, dtype=torch.int64, device=self.weight.device).view(-1, width)
+        return layers, torch.tensor(layers, dtype=torch.int64, device=self.memory.device).view(-1, width)
 
     def _describe_layers(self, names: Collection[str]) -> tuple[list[int], int]:
         alone = len(names) == 1
@@ -152,7 +157,7 @@ class MaskArena:
     def _room(self, dtype: torch.dtype) -> Tensor:
         ends = [(self._starts or {}).get(name, 0) + _length(weight) for name, weight in self.weights.items()]
         length = self.weight.numel() if self._starts is None else max(ends)
-        return torch.zeros(length, dtype=dtype, device=self.weight.device)
+        return torch.zeros(length, dtype=dtype, device=self.memory.device)
 
     def _effective_views(self) -> dict[str, Tensor]:
         return _views(self.effective, self.weights, self._starts)
@@ -168,17 +173,19 @@ class MaskArena:
             return
         for tensor in tensors:
             name = self._names.get(id(tensor))
-            if name is not None and tensor.numel():
-                self._make(name)
+            if name is not None:
+                # the buffer's version is none of its parameters'
+                self._make(name, self.effective, self._starts[name])
 
-    def _make(self, name: str) -> None:
+    def _make(self, name: str, into: Tensor, start: int) -> None:
         weight, mask, (layers, table) = self.weights[name], self.masks[name], self._tables[name]
+        if not weight.numel():
+            return
         at, of_mask = _place(weight), _place(mask)
-        start = self._starts[name]
-        noise = self.noise[of_mask] if self._perturbed else None
-        # the buffer's version is none of its parameters'
-        effective = self.effective[start : start + _length(weight)]
-        _ops.arena_effective_weight_(effective, self.weight[at], self.mask[of_mask], noise, table, layers)
+        noises = [self.noise[of_mask]] if self._perturbed else []
+        of_weight, factor, *noise = self.memory.fetch([self.weight[at], self.mask[of_mask], *noises])
+        effective = into[start : start + _length(weight)]
+        _ops.arena_effective_weight_(effective, of_weight, factor, noise[0] if noise else None, table, layers)
 
     def is_effective(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the effective weights."""
@@ -194,9 +201,10 @@ class MaskArena:
         if self._all is not None:
             yield
             return
-        self._all = torch.zeros_like(self.weight, dtype=self.effective.dtype)
+        self._all = torch.zeros(len(self.weight), dtype=self.effective.dtype, device=self.memory.device)
         with torch.no_grad():
-            self._write_effective(self.noise if self._perturbed else None)
+            for name, weight in self.weights.items():
+                self._make(name, self._all, weight.storage_offset())
         self._point_to(_views(self._all, self.weights))
         try:
             yield
@@ -268,11 +276,13 @@ class MaskArena:
             self.grad.zero_()
 
 
-def _pack(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def _pack(
+    tensors: Mapping[str, Tensor], memory: OnDevice, dtype: torch.dtype | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The tensors in one flat buffer with zeros between them, and the views of their shapes in it."""
     values = list(tensors.values())
     dtype = _widest(values) if dtype is None else dtype
-    flat = torch.zeros(sum(_length(value) for value in values), dtype=dtype, device=values[0].device)
+    flat = memory.zeros(sum(_length(value) for value in values), dtype)
     views = _views(flat, tensors)
     for name, view in views.items():
         view.copy_(tensors[name].detach())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskops._memory import OnDevice
 from maskops.arena import MaskArena
 
 _ops = torch.ops.maskops
@@ -63,6 +64,11 @@ class _MaskOptimizer(torch.optim.Optimizer):
             super().zero_grad(set_to_none)
         else:
             self._arena.zero_grad()
+
+    def take_up(self, mask: Tensor, name: str, value: Tensor) -> None:
+        """Go on with this value as the part of a mask's state that has this name."""
+        kept = value.to(mask.device, copy=True) if self._arena is None else self._arena.memory.keep(value)
+        self.state[mask][name] = kept
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         raise NotImplementedError
@@ -151,11 +157,14 @@ class MaskAdam(_MaskOptimizer):
             raise ValueError("MaskAdam: step_layer needs an arena whose masks have the shapes of their weights")
         mask, weight, effective = arena.layer(name)
         # a layer has states of its own: blocks of entries in eight bits don't reach into the next
-        state = self._state(group, arena.mask, mask, f"{name}.")
+        *state, step = self._state(group, arena.mask, mask, f"{name}.")
         flat = grad.movedim(1, -1) if grad.dim() in (4, 5) else grad
         lower = _number(group["lower"])
         lower = lower.expand_as(arena.mask)[arena.place(name)] if lower.dim() else lower
-        self._compute(group, (mask, flat.reshape(-1), weight, effective), state, lower)
+        changed = [mask, *state]
+        *fetched, weight = arena.memory.fetch([*changed, weight])
+        self._compute(group, (fetched[0], flat.reshape(-1), weight, effective), [*fetched[1:], step], lower)
+        arena.memory.put_back(fetched, changed)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         tensors, lower = (mask, grad, weight, effective), _number(group["lower"])
@@ -168,8 +177,9 @@ class MaskAdam(_MaskOptimizer):
         """The moments of a mask, and its count of steps."""
         state, eight_bits = self.state[key], group["state_bits"] == 8
         if f"{prefix}step" not in state:
-            made = _moments_of_eight_bits(mask) if eight_bits else _moments(mask)
-            device = mask.device if group["capturable"] else "cpu"
+            memory = OnDevice(mask.device) if self._arena is None else self._arena.memory
+            made = _moments_of_eight_bits(mask, memory) if eight_bits else _moments(mask, memory)
+            device = memory.device if group["capturable"] else "cpu"
             made["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state.update({f"{prefix}{name}": value for name, value in made.items()})
         names = EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")
@@ -185,13 +195,16 @@ class MaskAdam(_MaskOptimizer):
         )
 
 
-def _moments(mask: Tensor) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(mask, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+def _moments(mask: Tensor, memory: OnDevice) -> dict[str, Tensor]:
+    names = "exp_avg", "exp_avg_sq"
+    if memory.elsewhere:
+        return {name: memory.zeros(mask.numel(), mask.dtype) for name in names}
+    return {name: torch.zeros_like(mask, memory_format=torch.preserve_format) for name in names}
 
 
-def _moments_of_eight_bits(mask: Tensor) -> dict[str, Tensor]:
+def _moments_of_eight_bits(mask: Tensor, memory: OnDevice) -> dict[str, Tensor]:
     entries = {torch.uint8: mask.numel(), torch.float32: -(-mask.numel() // _BLOCK)}
-    return {name: torch.zeros(entries[dtype], dtype=dtype, device=mask.device) for name, dtype in EIGHT_BITS.items()}
+    return {name: memory.zeros(entries[dtype], dtype) for name, dtype in EIGHT_BITS.items()}
 
 
 def _flattened(mask: Tensor, *others: Tensor | None) -> list[Tensor | None]:

@@ -153,3 +153,18 @@ def test_a_plan_knows_of_weights_that_are_remade():
     assert remade.kept["effective weights"] == 4 * 32 * 32 * 9
     assert remade.peak < kept.peak and remade.kept["gradients"] == 0
     assert remade.preparation < kept.preparation
+
+
+def test_a_plan_tells_the_host_s_memory_apart():
+    about = {"shape": (3, 8, 8), "classes": 4, "batch_size": 4, "branches": "concatenated", **ALL}
+    lean = {"step_in_backward": True, "remake_weights": True}
+    kept, offloaded = plan(deep(32), **about, **lean), plan(deep(32), **about, **lean, offload=True)
+    assert offloaded.host == {name: kept.kept[name] for name in ("weights", "masks", "optimiser")}
+    assert not offloaded.host.keys() & offloaded.kept.keys()
+    assert 0 < offloaded.model <= kept.model - kept.kept["weights"] + 1000
+    assert offloaded.kept["effective weights"] == kept.kept["effective weights"]
+    assert offloaded.bytes_per_parameter < 1
+    largest = 4 * 32 * 32 * 9
+    for phase, needed in kept.phases.items():
+        assert needed <= offloaded.phases[phase] <= needed + 4 * largest, phase
+    assert offloaded.peak < 0.7 * kept.peak and "masks, in the host's memory" in str(offloaded)

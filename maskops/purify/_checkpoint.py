@@ -171,7 +171,7 @@ class Checkpoint:
             if kind == "optimizer":
                 number, place, key = rest.split(".", 2)
                 parameter = _parameters(algorithm.optimizers[int(number)])[int(place)]
-                algorithm.optimizers[int(number)].state[parameter][key] = value.to(parameter.device, copy=True)
+                algorithm.optimizers[int(number)].take_up(parameter, key, value)
         for name, generator in run.generators().items():
             generator.set_state(self._tensors[f"generator.{name}"])
         algorithm.options = replace(algorithm.options, **self._notes["now"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
 
+from maskops._memory import OnHost, host_memory
 from maskops._state import eval_mode
 from maskops.arena import MaskArena
 from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
@@ -46,6 +47,8 @@ class MaskRun(Run):
     biases:           None; ``"noise"``: the masked layers' biases are perturbed where the weights are; or ``"tune"``:
                       they are parameters to be learned, in :attr:`biases`
     step_in_backward: no gradient of the whole model is kept: :meth:`step_in_backward` is to be called
+    offload:          θ and the masks are in the host's memory, and what isn't masked is copied to the device; with
+                      weights that are made before each use
     """
 
     def __init__(
@@ -59,20 +62,22 @@ class MaskRun(Run):
         track_statistics: bool = False,
         biases: str | None = None,
         step_in_backward: bool = False,
+        offload: bool = False,
         within: bool = False,
     ) -> None:
-        self._adds_up = not step_in_backward
+        self._adds_up, self._offload = not step_in_backward, offload
         self.team = ALONE if within else team_of(method)
         super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
             self.team.check(model, self.device, batch_statistics, batch_statistics and track_statistics)
             self._masked = shared_copy(model)
-            if any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
+            if not offload and any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
                 self._masked.to(self.device)
             network = shared_copy(self._masked)
             layers, exclude = _chosen(network, setting)
-            mask_(self._masked, setting.granularity, setting.include, exclude, layers)
-            _forget_masks(self._masked)
+            with self._at_home():
+                mask_(self._masked, setting.granularity, setting.include, exclude, layers)
+                _forget_masks(self._masked)
             self._track_statistics = batch_statistics and track_statistics
             self._prepare(network, setting, fold=not batch_statistics and biases is None)
             of_biases = Biases(self._working, biases)
@@ -93,6 +98,10 @@ class MaskRun(Run):
         self._refuse("recompute", setting.recompute, _MIXES if self._mixes_batches else reason)
         self._shares_of: dict[tuple, Tensor] = {}
 
+    def _at_home(self) -> AbstractContextManager[object]:
+        """Within, things are made where the model is, which isn't on the device if masks and θ aren't."""
+        return host_memory() if self._offload else nullcontext()
+
     def _refuse(self, name: str, wanted: bool, reason: str | None) -> None:
         """Raise ValueError for an option that is wanted where there is a reason against it."""
         if wanted and reason is not None:
@@ -101,9 +110,11 @@ class MaskRun(Run):
     def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
         layers = masked_layers(self._masked)
-        example = self.images[:2]
         how = {"fold": fold, "track": self._track_statistics}
-        self.model = WorkingModel(network, example, self.mean, self.std, layers, self.low_dtype, **how)
+        home = next(iter(layers.values())).weight.device
+        with self._at_home():
+            about = (None if value is None else value.to(home) for value in (self.images[:2], self.mean, self.std))
+            self.model = WorkingModel(network, *about, layers, self.low_dtype, **how)
         if self.model.unused:
             raise ValueError(f"the model's forward doesn't use {', '.join(self.model.unused)}; use exclude=")
         # layers that share a weight share a mask: the first stands for all of them
@@ -119,11 +130,15 @@ class MaskRun(Run):
         if setting.weight_dtype is not None:
             learned = {name: mask.float() for name, mask in learned.items()}
         keep = not setting.remake_weights
-        self.arena = MaskArena(weights, learned, low, weight_dtype=setting.weight_dtype, keep=keep, learn=self._adds_up)
+        where = {"memory": OnHost(self.device) if self._offload else None}
+        about = {"weight_dtype": setting.weight_dtype, "keep": keep, "learn": self._adds_up}
+        self.arena = MaskArena(weights, learned, low, **about, **where)
         self.model.remade = None if keep else self.arena
         _set_masks(self._masked, self._owners, self.arena.masks)
         for name, owner in self._owners.items():
             self._working[name].weight = self.arena.effective_weights[owner]
+        if home != self.device:
+            self.model.to(self.device)
 
     def logits(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The working model's logits of images in pixel space, plus a trigger."""
@@ -214,8 +229,8 @@ class MaskRun(Run):
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
         self.noise.drop()
-        # no backward of a measurement reaches what is learned, and it may look at the weights
-        looks = on_epoch is not None and not self.replaying
+        # no backward of a measurement reaches what is learned, and it may look at the weights, if there is room
+        looks = on_epoch is not None and not self.replaying and not self._offload
         with self.frozen_masks(), self.arena.whole() if looks else nullcontext():
             super().report(on_epoch, epoch, model)
 
@@ -267,6 +282,7 @@ class MaskRun(Run):
         return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
+        self.arena.memory.settle()
         changed = {"mask": self.arena.mask} | {f"bias {name}": bias for name, bias in self.biases.items()}
         if self._track_statistics:
             changed |= {f"buffer {name}": buffer for name, buffer in self.model.network.named_buffers()}
@@ -304,6 +320,7 @@ class MaskRun(Run):
 
         pruned: masks of zeros and ones that take the place of the learned ones, which become the scores
         """
+        self.arena.memory.settle()
         for what, value in (("mask", self.arena.mask), *(("bias", bias) for bias in self.biases.values())):
             if not bool(torch.isfinite(value).all()):
                 raise self.failed(f"a {what} became nan or infinite")

@@ -207,8 +207,16 @@ class WorkingModel(PixelModel):
                 parameter.requires_grad_()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies have: the tape knows the layers of this one alone."""
-        return {**super().__getstate__(), "_tape": None, "remade": None, "tape_reason": "this is a copy"}
+        """What copies have: the tape knows the layers of this one alone, and weights that are remade are there."""
+        state = {**super().__getstate__(), "_tape": None, "remade": None, "tape_reason": "this is a copy"}
+        if self.remade is not None:
+            with self.remade.whole():
+                state["_modules"] = {**self._modules, "network": shared_copy(self.network)}
+        return state
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        with nullcontext() if self.remade is None else self.remade.whole():
+            return super().state_dict(*arguments, **options)
 
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""

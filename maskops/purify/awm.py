@@ -47,6 +47,9 @@ class AWMOptions:
     state_bits:    32, or 8 for Adam's moments in eight bits each: see :class:`maskops.optim.MaskAdam`
     step_in_backward: step each layer's masks in the backward itself, as soon as their gradient is complete, so that no
                    gradient of the whole model exists; for masks of weights and branches as one batch; same result
+    offload:       keep θ, masks and Adam's state in the host's memory, and copy those of a layer to the device when it
+                   is computed and stepped, which takes as long as the bus does: of a model whose activations alone fit.
+                   With ``remake_weights`` and ``step_in_backward``; same result, which is where the model is
     branches:      the two losses of line 11 one after the other, ``"sequential"`` (half the activations), or as one
                    batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU, and on a GPU
                    concatenated for as long as its memory suffices
@@ -71,6 +74,7 @@ class AWMOptions:
     clamp: bool = False
     state_bits: int = 32
     step_in_backward: bool = False
+    offload: bool = False
     branches: str = "auto"
 
     def __post_init__(self) -> None:
@@ -89,7 +93,7 @@ class AWMOptions:
         choice("awm", self, "branches", ("auto", "sequential", "concatenated"))
         if self.step_in_backward and self.branches == "sequential":
             raise ValueError("awm: step_in_backward=True takes one backward: branches='concatenated'")
-        for name in ("project_every_step", "clamp", "step_in_backward"):
+        for name in ("project_every_step", "clamp", "step_in_backward", "offload"):
             choice("awm", self, name, (True, False))
 
     def for_images(self, images: Tensor | CleanImages) -> AWMOptions:
@@ -188,7 +192,10 @@ class AWM(Algorithm):
     method, presets = "awm", PRESETS
 
     def prepare(self, model: nn.Module, clean_data: Any, options: AWMOptions, setting: MaskSetting) -> None:
-        self.run = MaskRun("awm", model, clean_data, setting, step_in_backward=options.step_in_backward)
+        if options.offload and not (options.step_in_backward and setting.remake_weights):
+            raise ValueError("awm: offload=True takes step_in_backward=True and remake_weights=True")
+        where = {"step_in_backward": options.step_in_backward, "offload": options.offload}
+        self.run = MaskRun("awm", model, clean_data, setting, **where)
         self.options = options.for_images(self.run.images)
         self.lr = self.run.varying(options.lr)
         how = {"l1": options.gamma, "capturable": True, "state_bits": options.state_bits}
