@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16  # elements: 16-byte vectors for every dtype down to one byte
+
 _host_depth = [0]
 
 
@@ -31,6 +33,8 @@ class OnDevice:
 
     elsewhere = False
     """Whether the buffers are in the host's memory, for a device that has its own."""
+    parts = 1
+    """Over how many processes each layer is spread."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,6 +42,21 @@ class OnDevice:
     def zeros(self, length: int, dtype: torch.dtype) -> Tensor:
         """A new buffer."""
         return torch.zeros(length, dtype=dtype, device=self.device)
+
+    def length(self, entries: int) -> int:
+        """How much room a layer of so many entries takes."""
+        return -(-entries // ALIGNMENT) * ALIGNMENT
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of a layer, which is flat and has its length."""
+        return whole
+
+    def assemble(self, whole: Tensor) -> None:
+        """Fill a layer, of which this process has written its part."""
+
+    def part_of_sum(self, whole: Tensor) -> Tensor:
+        """This process's part of what all have of a layer, summed where each has its own rows of a batch."""
+        return whole
 
     def keep(self, value: Tensor) -> Tensor:
         """A copy of a tensor where buffers lie, and of a single number on the device."""

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from maskops._memory import OnDevice
+from maskops._memory import ALIGNMENT, OnDevice
 
 _ops = torch.ops.maskops
-_ALIGNMENT = 16  # elements: 16-byte vectors for every dtype down to one byte
 
 
 class MaskArena:
@@ -38,7 +37,8 @@ class MaskArena:
     weight_dtype: the one that θ is kept in; the weights' by default
     keep:    whether all effective weights are kept, or each is made when it is needed
     learn:   whether gradients are kept; not for who steps the masks layer by layer
-    memory:  where θ and m lie; by default on the weights' device
+    memory:  where θ and m lie; by default on the weights' device. If each process has its part of them, ``weights`` and
+             ``masks`` are flat parts
     errors:  ValueError when the names differ, when there are none, and for weights of several dtypes or devices
 
     >>> arena = MaskArena({"conv": torch.full((2, 3), 2.0)}, {"conv": torch.full((2, 1), 0.5)})
@@ -70,7 +70,10 @@ class MaskArena:
         dtype = next(iter(weights.values())).dtype if dtype is None else dtype
         self._elementwise = all(masks[name].shape == weights[name].shape for name in weights)
         self.memory = OnDevice(next(iter(weights.values())).device) if memory is None else memory
+        self._lengths = {name: self.memory.length(weight.numel()) for name, weight in weights.items()}
         self.weight, self.weights = _pack(weights, self.memory, weight_dtype)
+        spread = self.memory.parts > 1
+        self._like = {name: weight.to("meta") for name, weight in weights.items()} if spread else self.weights
         mask, self.masks = _pack(masks, self.memory)
         self.mask = Parameter(mask)
         self._layers, self._table = self._described(self.weights)
@@ -150,17 +153,19 @@ class MaskArena:
         together: for each time tensors, of which those that are effective weights are needed
         """
         groups = [{name for tensor in tensors if (name := self._names.get(id(tensor)))} for tensors in together]
-        self._starts = _side_by_side({name: _length(weight) for name, weight in self.weights.items()}, groups)
+        self._starts = _side_by_side(self._lengths, groups)
         self.effective = self._room(self.effective.dtype)
         self._point_to(self._effective_views())
 
     def _room(self, dtype: torch.dtype) -> Tensor:
-        ends = [(self._starts or {}).get(name, 0) + _length(weight) for name, weight in self.weights.items()]
-        length = self.weight.numel() if self._starts is None else max(ends)
+        if self._starts is None:
+            length = sum(self._lengths.values())
+        else:
+            length = max(self._starts[name] + length for name, length in self._lengths.items())
         return torch.zeros(length, dtype=dtype, device=self.memory.device)
 
     def _effective_views(self) -> dict[str, Tensor]:
-        return _views(self.effective, self.weights, self._starts)
+        return _views(self.effective, self._like, self._starts)
 
     def _point_to(self, views: Mapping[str, Tensor]) -> None:
         for name, view in views.items():
@@ -184,8 +189,10 @@ class MaskArena:
         at, of_mask = _place(weight), _place(mask)
         noises = [self.noise[of_mask]] if self._perturbed else []
         of_weight, factor, *noise = self.memory.fetch([self.weight[at], self.mask[of_mask], *noises])
-        effective = into[start : start + _length(weight)]
-        _ops.arena_effective_weight_(effective, of_weight, factor, noise[0] if noise else None, table, layers)
+        effective = into[start : start + self._lengths[name]]
+        own = self.memory.part(effective)
+        _ops.arena_effective_weight_(own, of_weight, factor, noise[0] if noise else None, table, layers)
+        self.memory.assemble(effective)
 
     def is_effective(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the effective weights."""
@@ -201,11 +208,14 @@ class MaskArena:
         if self._all is not None:
             yield
             return
-        self._all = torch.zeros(len(self.weight), dtype=self.effective.dtype, device=self.memory.device)
+        ends = itertools.accumulate(self._lengths.values(), initial=0)
+        starts = dict(zip(self._lengths, ends, strict=False))
+        length = sum(self._lengths.values())
+        self._all = torch.zeros(length, dtype=self.effective.dtype, device=self.memory.device)
         with torch.no_grad():
-            for name, weight in self.weights.items():
-                self._make(name, self._all, weight.storage_offset())
-        self._point_to(_views(self._all, self.weights))
+            for name, start in starts.items():
+                self._make(name, self._all, start)
+        self._point_to(_views(self._all, self._like, starts))
         try:
             yield
         finally:
@@ -245,6 +255,19 @@ class MaskArena:
         start = self.masks[name].storage_offset()
         return slice(start, start + self.masks[name].numel())
 
+    @torch.no_grad()
+    def whole_masks(self) -> dict[str, Tensor]:
+        """The masks in the shapes that they were given in, also if each process has its part of them."""
+        if self.memory.parts == 1:
+            return self.masks
+        found = {}
+        for name, like in self._like.items():
+            whole = torch.zeros(self._lengths[name], dtype=self.mask.dtype, device=self.memory.device)
+            self.memory.part(whole).copy_(self.masks[name])
+            self.memory.assemble(whole)
+            found[name] = _view(whole[: like.numel()], like.shape)
+        return found
+
     def per_mask(self, values: Mapping[str, float]) -> Tensor:
         """One number per layer as a tensor that broadcasts to the flat masks, such as NFT's lower bounds μ(l)."""
         flat = torch.zeros_like(self.mask, requires_grad=False)
@@ -282,11 +305,25 @@ def _pack(
     """The tensors in one flat buffer with zeros between them, and the views of their shapes in it."""
     values = list(tensors.values())
     dtype = _widest(values) if dtype is None else dtype
-    flat = memory.zeros(sum(_length(value) for value in values), dtype)
+    flat = memory.zeros(sum(memory.length(value.numel()) for value in values) // memory.parts, dtype)
+    if memory.parts > 1:
+        return flat, _pack_parts(flat, tensors, memory)
     views = _views(flat, tensors)
     for name, view in views.items():
         view.copy_(tensors[name].detach())
     return flat, views
+
+
+def _pack_parts(flat: Tensor, tensors: Mapping[str, Tensor], memory: OnDevice) -> dict[str, Tensor]:
+    """Write this process's part of each tensor, one after the other; returns the views of them."""
+    views, start = {}, 0
+    for name, tensor in tensors.items():
+        whole = torch.zeros(memory.length(tensor.numel()), dtype=flat.dtype, device=tensor.device)
+        _view(whole[: tensor.numel()], tensor.shape).copy_(tensor.detach())
+        part = memory.part(whole)
+        views[name] = flat[start : start + len(part)].copy_(part)
+        start += len(part)
+    return views
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -331,7 +368,7 @@ def _place(view: Tensor) -> slice:
 
 
 def _length(tensor: Tensor) -> int:
-    return -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+    return -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
 
 
 def _view(segment: Tensor, shape: torch.Size) -> Tensor:

@@ -158,12 +158,12 @@ class MaskAdam(_MaskOptimizer):
         mask, weight, effective = arena.layer(name)
         # a layer has states of its own: blocks of entries in eight bits don't reach into the next
         *state, step = self._state(group, arena.mask, mask, f"{name}.")
-        flat = grad.movedim(1, -1) if grad.dim() in (4, 5) else grad
+        flat = arena.memory.part_of_sum((grad.movedim(1, -1) if grad.dim() in (4, 5) else grad).reshape(-1))
         lower = _number(group["lower"])
         lower = lower.expand_as(arena.mask)[arena.place(name)] if lower.dim() else lower
         changed = [mask, *state]
         *fetched, weight = arena.memory.fetch([*changed, weight])
-        self._compute(group, (fetched[0], flat.reshape(-1), weight, effective), [*fetched[1:], step], lower)
+        self._compute(group, (fetched[0], flat, weight, effective), [*fetched[1:], step], lower)
         arena.memory.put_back(fetched, changed)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:

@@ -150,6 +150,27 @@ def one_case(rank: int, name: str, of_rank: dict[int, dict[str, Any]] | None = N
     return purify(name, **more, **(of_rank or {}).get(rank, {}))
 
 
+LEAN = {"step_in_backward": True, "remake_weights": True}
+
+
+def in_parts(rank: int) -> dict[str, Any]:
+    """AWM with masks of which each process has its part."""
+
+    def measure(epoch: int, model: nn.Module) -> None:
+        if rank == 0:  # nobody waits for the others here
+            model(images()[0])
+
+    found = {name: purify(name, **LEAN, shard=True, **more) for name, more in IN_PARTS.items()}
+    purify("awm in small batches", **LEAN, shard=True, on_epoch=measure)
+    return found
+
+
+IN_PARTS = {
+    "awm in one batch": {"recompute": True},
+    "awm in small batches": {"state_bits": 8},
+}
+
+
 def other_images(rank: int, name: str) -> None:
     method, kind, options = CASES[name]
     pixels, labels = images()

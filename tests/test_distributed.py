@@ -5,10 +5,13 @@ import pytest
 import torch
 from helpers_distributed import (
     CASES,
+    IN_PARTS,
+    LEAN,
     all_cases,
     begin,
     command_line,
     hanging,
+    in_parts,
     killed,
     one_case,
     other_images,
@@ -52,6 +55,18 @@ def team(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_several_processes_come_to_what_one_does(alone, team, name):
     assert_same([found[name] for found in team], alone[name])
+
+
+def test_masks_in_parts_are_those_of_one_process(tmp_path):
+    found = together(tmp_path / "team", 2, in_parts)
+    for name, more in IN_PARTS.items():
+        assert_same([result[name] for result in found], purify(name, **LEAN, **more))
+
+
+def test_masks_in_parts_go_without_checkpoints(tmp_path):
+    more = {**LEAN, "shard": True, "checkpoint": tmp_path / "run.safetensors"}
+    found = together(tmp_path / "team", 2, one_case, "awm in one batch", {0: more, 1: more})
+    assert found == [("ValueError", "awm: shard=True goes without checkpoint=")] * 2
 
 
 def test_layers_that_draw_do_so_in_each_process_for_itself(tmp_path):

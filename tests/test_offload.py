@@ -114,10 +114,14 @@ def test_recorded_steps_copy(monkeypatch):
 
 
 def test_what_it_takes_is_said():
-    for options in ({}, {"step_in_backward": True}, {"remake_weights": True}):
-        with pytest.raises(
-            ValueError, match=r"^awm: offload=True takes step_in_backward=True and remake_weights=True$"
-        ):
-            run(network(), offload=True, **options)
+    for name in ("offload", "shard"):
+        for options in ({}, {"step_in_backward": True}, {"remake_weights": True}):
+            expected = rf"^awm: {name}=True takes step_in_backward=True and remake_weights=True$"
+            with pytest.raises(ValueError, match=expected):
+                run(network(), **{name: True}, **options)
+    with pytest.raises(ValueError, match=r"^awm: offload=True and shard=True exclude each other$"):
+        run(network(), shard=True, **OFFLOAD)
+    with pytest.raises(ValueError, match=r"^awm: shard=True is for several processes, and this is one$"):
+        run(network(), shard=True, **LEAN)
     with pytest.raises(TypeError, match="swm: no option offload"):
         swm(network(), images(), offload=True)

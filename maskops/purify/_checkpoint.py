@@ -61,6 +61,8 @@ class Checkpoint:
     """
 
     def __init__(self, algorithm: Resumable, path: str | os.PathLike, resume: bool) -> None:
+        if algorithm.run.arena.memory.parts > 1:
+            raise ValueError(f"{algorithm.method}: shard=True goes without checkpoint=")
         self._algorithm, self._path = algorithm, Path(path)
         self._about, self._team = about(algorithm), algorithm.run.team
         self._tensors: dict[str, Tensor] = {}

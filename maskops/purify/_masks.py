@@ -28,6 +28,7 @@ from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._noise import Biases, Noise
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
+from maskops.purify._shards import Shards
 from maskops.purify._working import WorkingModel, shared_copy
 
 Branch = tuple[float, Tensor, Tensor]
@@ -49,6 +50,7 @@ class MaskRun(Run):
     step_in_backward: no gradient of the whole model is kept: :meth:`step_in_backward` is to be called
     offload:          θ and the masks are in the host's memory, and what isn't masked is copied to the device; with
                       weights that are made before each use
+    shard:            each process has its part of every layer's θ and masks, in the same way
     """
 
     def __init__(
@@ -63,15 +65,20 @@ class MaskRun(Run):
         biases: str | None = None,
         step_in_backward: bool = False,
         offload: bool = False,
+        shard: bool = False,
         within: bool = False,
     ) -> None:
         self._adds_up, self._offload = not step_in_backward, offload
         self.team = ALONE if within else team_of(method)
+        if shard and self.team.size == 1:
+            raise ValueError(f"{method}: shard=True is for several processes, and this is one")
+        self._shard = shard
         super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
             self.team.check(model, self.device, batch_statistics, batch_statistics and track_statistics)
             self._masked = shared_copy(model)
-            if not offload and any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
+            away = offload or shard
+            if not away and any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
                 self._masked.to(self.device)
             network = shared_copy(self._masked)
             layers, exclude = _chosen(network, setting)
@@ -130,11 +137,13 @@ class MaskRun(Run):
         if setting.weight_dtype is not None:
             learned = {name: mask.float() for name, mask in learned.items()}
         keep = not setting.remake_weights
-        where = {"memory": OnHost(self.device) if self._offload else None}
+        spread = Shards(self.device, self.team) if self._shard else None
+        where = {"memory": OnHost(self.device) if self._offload else spread}
         about = {"weight_dtype": setting.weight_dtype, "keep": keep, "learn": self._adds_up}
         self.arena = MaskArena(weights, learned, low, **about, **where)
         self.model.remade = None if keep else self.arena
-        _set_masks(self._masked, self._owners, self.arena.masks)
+        if not self._shard:
+            _set_masks(self._masked, self._owners, self.arena.masks)
         for name, owner in self._owners.items():
             self._working[name].weight = self.arena.effective_weights[owner]
         if home != self.device:
@@ -215,7 +224,8 @@ class MaskRun(Run):
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
 
         def step(weight: Parameter, grad: Tensor) -> None:
-            self.team.add(grad)
+            if not self._shard:
+                self.team.add(grad)
             masks.step_layer(name_of[id(weight)], grad)
 
         self.model.hand_over_gradients(step)
@@ -321,10 +331,12 @@ class MaskRun(Run):
         pruned: masks of zeros and ones that take the place of the learned ones, which become the scores
         """
         self.arena.memory.settle()
-        for what, value in (("mask", self.arena.mask), *(("bias", bias) for bias in self.biases.values())):
+        whole = self.arena.whole_masks()
+        values = list(whole.values()) if self._shard else [self.arena.mask]
+        for what, value in (*(("mask", value) for value in values), *(("bias", bias) for bias in self.biases.values())):
             if not bool(torch.isfinite(value).all()):
                 raise self.failed(f"a {what} became nan or infinite")
-        learned = self._apply(self.arena.masks)
+        learned = self._apply(whole)
         if pruned is not None:
             results["scores"] = learned
             learned = self._apply(pruned)

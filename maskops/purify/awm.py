@@ -50,6 +50,8 @@ class AWMOptions:
     offload:       keep θ, masks and Adam's state in the host's memory, and copy those of a layer to the device when it
                    is computed and stepped, which takes as long as the bus does: of a model whose activations alone fit.
                    With ``remake_weights`` and ``step_in_backward``; same result, which is where the model is
+    shard:         of several processes each keeps its part of θ, masks and Adam's state of every layer, which is put
+                   together when it is computed; with the same two options, and without checkpoints; same result
     branches:      the two losses of line 11 one after the other, ``"sequential"`` (half the activations), or as one
                    batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU, and on a GPU
                    concatenated for as long as its memory suffices
@@ -75,6 +77,7 @@ class AWMOptions:
     state_bits: int = 32
     step_in_backward: bool = False
     offload: bool = False
+    shard: bool = False
     branches: str = "auto"
 
     def __post_init__(self) -> None:
@@ -91,9 +94,11 @@ class AWMOptions:
         choice("awm", self, "inner_labels", ("true", "predicted"))
         choice("awm", self, "projection", ("rescale", "project", "l2", "none"))
         choice("awm", self, "branches", ("auto", "sequential", "concatenated"))
+        if self.offload and self.shard:
+            raise ValueError("awm: offload=True and shard=True exclude each other")
         if self.step_in_backward and self.branches == "sequential":
             raise ValueError("awm: step_in_backward=True takes one backward: branches='concatenated'")
-        for name in ("project_every_step", "clamp", "step_in_backward", "offload"):
+        for name in ("project_every_step", "clamp", "step_in_backward", "offload", "shard"):
             choice("awm", self, name, (True, False))
 
     def for_images(self, images: Tensor | CleanImages) -> AWMOptions:
@@ -192,9 +197,10 @@ class AWM(Algorithm):
     method, presets = "awm", PRESETS
 
     def prepare(self, model: nn.Module, clean_data: Any, options: AWMOptions, setting: MaskSetting) -> None:
-        if options.offload and not (options.step_in_backward and setting.remake_weights):
-            raise ValueError("awm: offload=True takes step_in_backward=True and remake_weights=True")
-        where = {"step_in_backward": options.step_in_backward, "offload": options.offload}
+        for name in ("offload", "shard"):
+            if getattr(options, name) and not (options.step_in_backward and setting.remake_weights):
+                raise ValueError(f"awm: {name}=True takes step_in_backward=True and remake_weights=True")
+        where = {name: getattr(options, name) for name in ("step_in_backward", "offload", "shard")}
         self.run = MaskRun("awm", model, clean_data, setting, **where)
         self.options = options.for_images(self.run.images)
         self.lr = self.run.varying(options.lr)
