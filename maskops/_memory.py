@@ -54,6 +54,14 @@ class OnDevice:
     def assemble(self, whole: Tensor) -> None:
         """Fill a layer, of which this process has written its part."""
 
+    def split(self, whole: Tensor, unit: int, nothing: int = 0) -> Tensor:
+        """This process's part of values that all have, a part being a multiple of so many, filled up with nothing."""
+        return whole
+
+    def joined(self, part: Tensor, entries: int) -> Tensor:
+        """So many values, of which each process has its part."""
+        return part
+
     def part_of_sum(self, whole: Tensor) -> Tensor:
         """This process's part of what all have of a layer, summed where each has its own rows of a batch."""
         return whole

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from maskops._memory import ALIGNMENT, OnDevice
+from maskops._flat import collapse, pack, pack_parts, padded_length, place_of, shaped, side_by_side, views_of
+from maskops._memory import OnDevice
 
 _ops = torch.ops.maskops
 
@@ -71,10 +72,10 @@ class MaskArena:
         self._elementwise = all(masks[name].shape == weights[name].shape for name in weights)
         self.memory = OnDevice(next(iter(weights.values())).device) if memory is None else memory
         self._lengths = {name: self.memory.length(weight.numel()) for name, weight in weights.items()}
-        self.weight, self.weights = _pack(weights, self.memory, weight_dtype)
+        self.weight, self.weights = pack(weights, self.memory, weight_dtype)
         spread = self.memory.parts > 1
         self._like = {name: weight.to("meta") for name, weight in weights.items()} if spread else self.weights
-        mask, self.masks = _pack(masks, self.memory)
+        mask, self.masks = pack(masks, self.memory)
         self.mask = Parameter(mask)
         self._layers, self._table = self._described(self.weights)
         # what isn't kept begins side by side with nothing
@@ -85,7 +86,7 @@ class MaskArena:
         self.effective_weights = {name: Parameter(view) for name, view in self._effective_views().items()}
         self.grad = self.memory.zeros(len(self.weight), dtype) if learn else None
         if learn:
-            for name, grad in _views(self.grad, weights).items():
+            for name, grad in views_of(self.grad, weights).items():
                 self.effective_weights[name].grad = grad
         self._names = {id(weight): name for name, weight in self.effective_weights.items()}
         self.noise: Tensor | None = None
@@ -103,7 +104,7 @@ class MaskArena:
     def _describe_layers(self, names: Collection[str]) -> tuple[list[int], int]:
         alone = len(names) == 1
         if self._elementwise:  # one layer, so that a kernel need not look for it
-            length = sum(_length(self.weights[name]) for name in names)
+            length = sum(padded_length(self.weights[name]) for name in names)
             return [0, length, 0, length, length, 1], 6
         rows = []
         for name in names:
@@ -111,7 +112,7 @@ class MaskArena:
             starts = (0, 0) if alone else (weight.storage_offset(), mask.storage_offset())
             where = starts[0], weight.numel(), starts[1], mask.numel()
             if weight.numel():
-                rows.append((where, _collapse(weight, mask.expand(weight.shape))))
+                rows.append((where, collapse(weight, mask.expand(weight.shape))))
         dims = max((len(space) for _, space in rows), default=1)
         padded = ([*where, *itertools.chain(*space), *(1, 0) * (dims - len(space))] for where, space in rows)
         return list(itertools.chain(*padded)), 4 + 2 * dims
@@ -153,7 +154,7 @@ class MaskArena:
         together: for each time tensors, of which those that are effective weights are needed
         """
         groups = [{name for tensor in tensors if (name := self._names.get(id(tensor)))} for tensors in together]
-        self._starts = _side_by_side(self._lengths, groups)
+        self._starts = side_by_side(self._lengths, groups)
         self.effective = self._room(self.effective.dtype)
         self._point_to(self._effective_views())
 
@@ -165,7 +166,7 @@ class MaskArena:
         return torch.zeros(length, dtype=dtype, device=self.memory.device)
 
     def _effective_views(self) -> dict[str, Tensor]:
-        return _views(self.effective, self._like, self._starts)
+        return views_of(self.effective, self._like, self._starts)
 
     def _point_to(self, views: Mapping[str, Tensor]) -> None:
         for name, view in views.items():
@@ -186,7 +187,7 @@ class MaskArena:
         weight, mask, (layers, table) = self.weights[name], self.masks[name], self._tables[name]
         if not weight.numel():
             return
-        at, of_mask = _place(weight), _place(mask)
+        at, of_mask = place_of(weight), place_of(mask)
         noises = [self.noise[of_mask]] if self._perturbed else []
         of_weight, factor, *noise = self.memory.fetch([self.weight[at], self.mask[of_mask], *noises])
         effective = into[start : start + self._lengths[name]]
@@ -215,7 +216,7 @@ class MaskArena:
         with torch.no_grad():
             for name, start in starts.items():
                 self._make(name, self._all, start)
-        self._point_to(_views(self._all, self._like, starts))
+        self._point_to(views_of(self._all, self._like, starts))
         try:
             yield
         finally:
@@ -265,13 +266,30 @@ class MaskArena:
             whole = torch.zeros(self._lengths[name], dtype=self.mask.dtype, device=self.memory.device)
             self.memory.part(whole).copy_(self.masks[name])
             self.memory.assemble(whole)
-            found[name] = _view(whole[: like.numel()], like.shape)
+            found[name] = shaped(whole[: like.numel()], like.shape)
         return found
+
+    @torch.no_grad()
+    def mask_in_one(self) -> Tensor:
+        """The flat masks as they lie where no other process has parts of them."""
+        return self.mask if self.memory.parts == 1 else pack(self.whole_masks(), OnDevice(self.memory.device))[0]
+
+    @torch.no_grad()
+    def take_masks(self, flat: Tensor) -> None:
+        """Go on with these masks, as :meth:`mask_in_one` gives them."""
+        if self.memory.parts == 1:
+            self.mask.copy_(flat)
+        else:
+            pack_parts(self.mask, views_of(flat, self._like), self.memory)
+
+    def entries(self, name: str) -> int:
+        """How many entries a layer's weight has."""
+        return self._like[name].numel()
 
     def per_mask(self, values: Mapping[str, float]) -> Tensor:
         """One number per layer as a tensor that broadcasts to the flat masks, such as NFT's lower bounds μ(l)."""
         flat = torch.zeros_like(self.mask, requires_grad=False)
-        for name, view in _views(flat, self.masks).items():
+        for name, view in views_of(flat, self.masks).items():
             view.fill_(values[name])
         return flat
 
@@ -297,100 +315,3 @@ class MaskArena:
     def zero_grad(self) -> None:
         if self.grad is not None:
             self.grad.zero_()
-
-
-def _pack(
-    tensors: Mapping[str, Tensor], memory: OnDevice, dtype: torch.dtype | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The tensors in one flat buffer with zeros between them, and the views of their shapes in it."""
-    values = list(tensors.values())
-    dtype = _widest(values) if dtype is None else dtype
-    flat = memory.zeros(sum(memory.length(value.numel()) for value in values) // memory.parts, dtype)
-    if memory.parts > 1:
-        return flat, _pack_parts(flat, tensors, memory)
-    views = _views(flat, tensors)
-    for name, view in views.items():
-        view.copy_(tensors[name].detach())
-    return flat, views
-
-
-def _pack_parts(flat: Tensor, tensors: Mapping[str, Tensor], memory: OnDevice) -> dict[str, Tensor]:
-    """Write this process's part of each tensor, one after the other; returns the views of them."""
-    views, start = {}, 0
-    for name, tensor in tensors.items():
-        whole = torch.zeros(memory.length(tensor.numel()), dtype=flat.dtype, device=tensor.device)
-        _view(whole[: tensor.numel()], tensor.shape).copy_(tensor.detach())
-        part = memory.part(whole)
-        views[name] = flat[start : start + len(part)].copy_(part)
-        start += len(part)
-    return views
-
-
-def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors}
-    widest = dtypes.pop()
-    for dtype in dtypes:
-        widest = torch.promote_types(widest, dtype)
-    return widest
-
-
-def _views(flat: Tensor, like: Mapping[str, Tensor], starts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-    """Views with the shapes of these tensors: one after the other, unless it is said where each begins."""
-    views, end = {}, 0
-    for name, tensor in like.items():
-        start = end if starts is None else starts[name]
-        views[name] = _view(flat[start : start + tensor.numel()], tensor.shape)
-        end = start + _length(tensor)
-    return views
-
-
-def _side_by_side(lengths: Mapping[str, int], groups: Collection[Collection[str]]) -> dict[str, int]:
-    """Where each piece begins, so that none overlaps with another of one of its groups, and they end early.
-
-    >>> _side_by_side({"a": 32, "b": 16, "c": 48}, [{"a", "b"}, {"c"}])
-    {'a': 0, 'b': 32, 'c': 0}
-    """
-    starts: dict[str, int] = {}
-    for name, length in lengths.items():
-        beside = set().union(*(group for group in groups if name in group)) & starts.keys()
-        start = 0
-        for other_start, end in sorted((starts[other], starts[other] + lengths[other]) for other in beside):
-            if start + length <= other_start:
-                break
-            start = max(start, end)
-        starts[name] = start
-    return starts
-
-
-def _place(view: Tensor) -> slice:
-    """Where a view lies in its flat buffer, with the zeros behind it."""
-    return slice(view.storage_offset(), view.storage_offset() + _length(view))
-
-
-def _length(tensor: Tensor) -> int:
-    return -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
-
-
-def _view(segment: Tensor, shape: torch.Size) -> Tensor:
-    """The segment as a tensor of this shape: (out, spatial…, in) in memory for convolutions, row by row otherwise."""
-    if len(shape) in (4, 5):
-        return segment.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    return segment.view(shape)
-
-
-def _collapse(weight: Tensor, mask: Tensor) -> list[tuple[int, int]]:
-    """Sizes of a dense weight and strides of its mask, innermost first, in as few dimensions as the mask allows.
-
-    >>> _collapse(torch.ones(4, 3, 2), torch.ones(4, 1, 1).expand(4, 3, 2))
-    [(6, 0), (4, 1)]
-    """
-    space: list[tuple[int, int]] = []
-    for dim in sorted(range(weight.dim()), key=lambda dim: (weight.stride(dim), weight.shape[dim])):
-        size, stride = weight.shape[dim], mask.stride(dim)
-        if size == 1:
-            continue
-        if space and stride == math.prod(space[-1]):
-            space[-1] = space[-1][0] * size, space[-1][1]
-        else:
-            space.append((size, stride))
-    return space or [(1, 0)]

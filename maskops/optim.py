@@ -21,6 +21,9 @@ EIGHT_BITS = {"exp_avg": torch.uint8, "exp_avg_scale": torch.float32}
 EIGHT_BITS |= {"exp_avg_sq": torch.uint8, "exp_avg_sq_scale": torch.float32}
 """Adam's moments in eight bits, and what they are multiplied by."""
 
+_ZERO = 127
+"""The first moment's code of 0; the second's is 0."""
+
 
 class _MaskOptimizer(torch.optim.Optimizer):
     def __init__(self, masks: Iterable[Any] | MaskArena, defaults: dict[str, Any]) -> None:
@@ -67,8 +70,27 @@ class _MaskOptimizer(torch.optim.Optimizer):
 
     def take_up(self, mask: Tensor, name: str, value: Tensor) -> None:
         """Go on with this value as the part of a mask's state that has this name."""
-        kept = value.to(mask.device, copy=True) if self._arena is None else self._arena.memory.keep(value)
-        self.state[mask][name] = kept
+        if self._arena is None:
+            self.state[mask][name] = value.to(mask.device, copy=True)
+            return
+        memory = self._arena.memory
+        unit = 1 if name.endswith("_scale") else _BLOCK
+        nothing = _ZERO if value.dtype == torch.uint8 and name.endswith("exp_avg") else 0
+        part = memory.split(value, unit, nothing) if value.dim() else value
+        self.state[mask][name] = memory.keep(part)
+
+    def state_in_one(self, mask: Tensor) -> dict[str, Tensor]:
+        """A mask's state, with the parts of it that other processes have."""
+        state = self.state.get(mask, {})
+        if self._arena is None or self._arena.memory.parts == 1:
+            return state
+        return {name: self._in_one(name, value) for name, value in state.items()}
+
+    def _in_one(self, name: str, value: Tensor) -> Tensor:
+        if not value.dim():
+            return value
+        entries = self._arena.entries(name.rpartition(".")[0])
+        return self._arena.memory.joined(value, -(-entries // _BLOCK) if name.endswith("_scale") else entries)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         raise NotImplementedError

@@ -21,6 +21,7 @@ from torch import nn
 
 from maskops.cli import main
 from maskops.purify import _checkpoint, _distributed, sweep
+from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.methods import METHODS
 
 AUGMENTED = {"crop": 1, "flip": True}
@@ -162,6 +163,10 @@ def in_parts(rank: int) -> dict[str, Any]:
 
     found = {name: purify(name, **LEAN, shard=True, **more) for name, more in IN_PARTS.items()}
     purify("awm in small batches", **LEAN, shard=True, on_epoch=measure)
+    run = ALGORITHMS["awm"](
+        network(), images(), "paper", None, {**LEAN, "shard": True, "layers": ("conv", "linear")}
+    ).run
+    found["kept"] = len(run.arena.weight), sum(weight.numel() for weight in run.arena.effective_weights.values())
     return found
 
 
@@ -177,7 +182,7 @@ def other_images(rank: int, name: str) -> None:
     METHODS[method].run(network(kind), (pixels, labels.roll(rank)), progress=False, **options)
 
 
-def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
+def stopped(rank: int, name: str, checkpoint: Path, epochs: int, more: dict[str, Any] | None = None) -> str:
     """A run that every process stops after so many epochs."""
 
     def stop(epoch: int, model: nn.Module) -> None:
@@ -185,7 +190,7 @@ def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
             raise KeyboardInterrupt
 
     try:
-        purify(name, checkpoint=checkpoint, on_epoch=stop)
+        purify(name, checkpoint=checkpoint, on_epoch=stop, **(more or {}))
     except KeyboardInterrupt:
         return "stopped"
     return "not stopped"

@@ -25,7 +25,7 @@ from maskops.purify._loop import plain_options
 from maskops.purify._masks import MaskRun
 from maskops.purify._phase import Phase
 
-_ELSEWHERE = {"progress", "graphs"}
+_ELSEWHERE = {"progress", "graphs", "remake_weights", "offload", "shard"}
 """Settings that may differ in the process that goes on, as may which GPU it is."""
 
 _NOTES = {"phases": int, "options": dict, "now": dict, "history": dict, "seconds": dict}
@@ -61,10 +61,12 @@ class Checkpoint:
     """
 
     def __init__(self, algorithm: Resumable, path: str | os.PathLike, resume: bool) -> None:
-        if algorithm.run.arena.memory.parts > 1:
-            raise ValueError(f"{algorithm.method}: shard=True goes without checkpoint=")
         self._algorithm, self._path = algorithm, Path(path)
         self._about, self._team = about(algorithm), algorithm.run.team
+        # where parts are put together all processes must come by, whatever the first one finds
+        self._parts = algorithm.run.arena.memory.parts
+        self._needed = {**_live(algorithm), **_generator_states(algorithm)}
+        self._needed = {name: (value.shape, value.dtype) for name, value in self._needed.items()}
         self._tensors: dict[str, Tensor] = {}
         self._notes: dict[str, Any] = {"phases": 0}
         self._wait = self._written = 0.0
@@ -90,28 +92,34 @@ class Checkpoint:
             if number <= done:
                 continue
             yield phase
+            due = self._as_the_first(time.monotonic() - self._written >= self._wait)
             with self._team.all_or_none():
-                if time.monotonic() - self._written >= self._wait:
+                if due:
                     self._save(number)
         if number < done:
             raise self._no_checkpoint(f"phase {done} of {number}")
+        due = self._as_the_first(self._notes["phases"] < number)
         with self._team.all_or_none():
-            if self._notes["phases"] < number:
+            if due:
                 self._save(number)
 
+    def _as_the_first(self, decided: bool) -> bool:
+        """What the first process decided, if all must do the same."""
+        return decided if self._parts == 1 else self._team.first(lambda: decided)
+
     def _save(self, phases: int) -> None:
-        if self._team.rank > 0:
+        if self._team.rank > 0 and self._parts == 1:
             return
         start = time.monotonic()
         algorithm, run = self._algorithm, self._algorithm.run
-        live = _live(algorithm)
-        if _broken(live) is not None:
+        live, states = _live(algorithm), _optimizer_states(algorithm)
+        if self._team.rank > 0 or _broken(live) is not None:
             return  # the run is about to end, and the state in the file is the last good one
-        tensors = {**live, **_optimizer_states(algorithm), **_generator_states(algorithm)}
+        tensors = {**live, **states, **_generator_states(algorithm)}
         self._notes = {
             **self._about,
             "phases": phases,
-            "now": plain_options(algorithm.options),
+            "now": {name: value for name, value in plain_options(algorithm.options).items() if name not in _ELSEWHERE},
             "history": run.history,
             "seconds": run.seconds(),
         }
@@ -143,9 +151,8 @@ class Checkpoint:
         if other:
             values = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in other)
             raise ValueError(f"{method}: {self._path} is the checkpoint of a run with other options: {values}")
-        needed = {**_live(self._algorithm), **_generator_states(self._algorithm)}
-        expected = {name: (value.shape, value.dtype) for name, value in needed.items()}
-        if expected != {name: (value.shape, value.dtype) for name, value in self._tensors.items() if name in needed}:
+        needed = self._needed
+        if needed != {name: (value.shape, value.dtype) for name, value in self._tensors.items() if name in needed}:
             raise CheckpointError(f"{method}: {self._path} lacks tensors of the run; nothing was changed")
         broken = _broken(self._tensors)
         if broken is not None:
@@ -166,8 +173,10 @@ class Checkpoint:
     @torch.no_grad()
     def _restore(self) -> None:
         algorithm, run = self._algorithm, self._algorithm.run
-        for name, value in _live(algorithm).items():
-            value.copy_(self._tensors[name])
+        run.arena.take_masks(self._tensors["run.mask"])
+        for name, value in {**run.tensors(), **algorithm.tensors()}.items():
+            if value is not run.arena.mask:
+                value.copy_(self._tensors[f"run.{name}"])
         for name, value in self._tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "optimizer":
@@ -206,7 +215,9 @@ def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _live(algorithm: Resumable) -> dict[str, Tensor]:
     """What steps change in place, but for the optimisers' states, which aren't there before the first step."""
-    return {f"run.{name}": value.detach() for name, value in {**algorithm.run.tensors(), **algorithm.tensors()}.items()}
+    run = algorithm.run
+    live = {**run.tensors(), "mask": run.arena.mask_in_one(), **algorithm.tensors()}
+    return {f"run.{name}": value.detach() for name, value in live.items()}
 
 
 def _broken(tensors: Mapping[str, Tensor]) -> str | None:
@@ -236,7 +247,7 @@ def _belongs(algorithm: Resumable, name: str, value: Tensor) -> bool:
         return False
     parameter = parameters[int(found[2])]
     if "." in found[3] or found[3].endswith("_scale"):  # a layer's own, or a number for some: fewer, in a row
-        return value.dim() <= 1 and value.numel() <= parameter.numel()
+        return value.dim() <= 1 and value.numel() <= parameter.numel() * algorithm.run.arena.memory.parts
     return value.shape in ((), parameter.shape)
 
 
@@ -262,7 +273,7 @@ def _optimizer_states(algorithm: Resumable) -> dict[str, Tensor]:
         f"optimizer.{number}.{place}.{key}": value
         for number, optimizer in enumerate(algorithm.optimizers)
         for place, parameter in enumerate(_parameters(optimizer))
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in optimizer.state_in_one(parameter).items()
         if isinstance(value, Tensor)
     }
 

@@ -45,5 +45,14 @@ class Shards(OnDevice):
     def assemble(self, whole: Tensor) -> None:
         self._team.gather(whole)
 
+    def split(self, whole: Tensor, unit: int, nothing: int = 0) -> Tensor:
+        return self.part(F.pad(whole, (0, -len(whole) % (unit * self.parts)), value=nothing))
+
+    def joined(self, part: Tensor, entries: int) -> Tensor:
+        whole = part.new_zeros(len(part) * self.parts)
+        self.part(whole).copy_(part)
+        self.assemble(whole)
+        return whole[:entries]
+
     def part_of_sum(self, whole: Tensor) -> Tensor:
-        return self._team.sum_part(F.pad(whole, (0, self.length(len(whole)) - len(whole))))
+        return self._team.sum_part(F.pad(whole, (0, -len(whole) % (_BLOCK * self.parts))))

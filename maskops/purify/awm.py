@@ -51,7 +51,7 @@ class AWMOptions:
                    is computed and stepped, which takes as long as the bus does: of a model whose activations alone fit.
                    With ``remake_weights`` and ``step_in_backward``; same result, which is where the model is
     shard:         of several processes each keeps its part of θ, masks and Adam's state of every layer, which is put
-                   together when it is computed; with the same two options, and without checkpoints; same result
+                   together when it is computed; with the same two options; same result
     branches:      the two losses of line 11 one after the other, ``"sequential"`` (half the activations), or as one
                    batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU, and on a GPU
                    concatenated for as long as its memory suffices
