@@ -33,6 +33,7 @@ def assert_equal(result, expected):
 def test_masks_are_the_same(build, more):
     torch.manual_seed(0)
     model = with_statistics(build()).float()
+    more = {"epochs": 1, **more}
     assert_equal(run(model, **OFFLOAD, **more), run(model, **LEAN, **more))
 
 
@@ -103,7 +104,7 @@ def test_who_measures_can_call_copy_and_save():
 
 
 def test_recorded_steps_copy(monkeypatch):
-    how = {**OFFLOAD, "inner_steps": 6, "outer_steps": 6, "state_bits": 8}
+    how = {**OFFLOAD, "epochs": 1, "inner_steps": 5, "outer_steps": 5, "state_bits": 8}
     model = TwoHeads()
     eager = run(model, **how)
     monkeypatch.setattr(_graphs, "why_not", lambda device: None)

@@ -80,7 +80,8 @@ def same(build, method=awm, **options):
     torch.manual_seed(0)
     model = with_statistics(build()).float()
     shared = {"layers": ("conv", "linear", "norm") if build is Norms else ("conv", "linear"), "gamma": 1e-3}
-    shared = {**(shared if method is awm else {"layers": shared["layers"]}), **options}
+    few = {"epochs": 1, "inner_steps": 1, "outer_steps": 2} if method is awm else {"epochs": 1, "steps": 2}
+    shared = {**(shared if method is awm else {"layers": shared["layers"]}), **few, **options}
     expected = run(model, method, **shared)
     result = run(model, method, remake_weights=True, **shared)
     for name, mask in expected.masks.items():
@@ -114,7 +115,7 @@ def test_masks_of_neurons_are_the_same(method):
     for statistics in ("running", "batch"):
         results = []
         for remade in (False, True):
-            options = {"epochs": 2, "steps": 2, "batch_size": 8, "progress": False, "statistics": statistics, **more}
+            options = {"epochs": 1, "steps": 2, "batch_size": 8, "progress": False, "statistics": statistics, **more}
             results.append(method(network(), images(), layers="conv", remake_weights=remade, **options))
         assert results[0].history == results[1].history
         for name, mask in results[0].masks.items():
@@ -179,8 +180,8 @@ def test_what_has_no_tape_is_refused():
 
 @pytest.mark.parametrize("algorithm", [AWM, SWM])
 def test_recorded_steps_make_their_weights(algorithm, monkeypatch):
-    how = {"layers": ("conv", "linear"), "batch_size": 8, "epochs": 2, "progress": False, "remake_weights": True}
-    how |= {"inner_steps": 6, "outer_steps": 6, "step_in_backward": True} if algorithm is AWM else {"steps": 6}
+    how = {"layers": ("conv", "linear"), "batch_size": 8, "epochs": 1, "progress": False, "remake_weights": True}
+    how |= {"inner_steps": 5, "outer_steps": 5, "step_in_backward": True} if algorithm is AWM else {"steps": 5}
     method = awm if algorithm is AWM else swm
     model = TwoHeads()
     eager = method(model, images(), **how)
