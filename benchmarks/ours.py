@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.networks import masked_kinds
 from benchmarks.neurons import ETA, signs
 from benchmarks.problem import ALPHA, BETA, GAMMA, INNER_LR, LR, Problem, adam_state, result
-from maskops.arena import _views
+from maskops._flat import views_of
 from maskops.purify._draws import Batch
 from maskops.purify._fake import has_data, on_host
 from maskops.purify._phase import Phase
@@ -142,10 +142,10 @@ class MaskopsANP(_Neurons):
     def _step_of_injected_draws(self, index: Tensor) -> None:
         run, draws, options = self.run, self.problem.draws, self.algorithm.options
         images, labels = run.sample(Batch(index))
-        run.draw_noise(options.epsilon)
+        run.noise.draw(options.epsilon)
         self._set_noise(draws.noise)
         run.ascend_noise(images, labels, options.epsilon, None)
-        of_masks, of_biases = (_views(arena.noise, arena.masks) for arena in run._noisy())
+        of_masks, of_biases = (views_of(arena.noise, arena.masks) for arena in run.noise.arenas)
         for name in of_masks:
             self.signs |= signs(name, (of_masks[name], of_biases[name]), draws)
         self._set_noise(draws.moved)
@@ -153,8 +153,8 @@ class MaskopsANP(_Neurons):
         self.algorithm.masks.step()
 
     def _set_noise(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        for place, arena in enumerate(self.run._noisy()):
-            for name, noise in _views(arena.noise, arena.masks).items():
+        for place, arena in enumerate(self.run.noise.arenas):
+            for name, noise in views_of(arena.noise, arena.masks).items():
                 noise.copy_(values[name][place])
 
     def result(self) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ def mask_(
     """
     chosen = _choose(model, _as_tuple(include), _as_tuple(exclude), _as_tuple(layers))
     groups = _tied_groups(model, chosen)
-    shells = [MASKED[type(layer)].from_module(layer, granularity) for layer in chosen.values()]
-    del shells  # made only to find out, before anything changes, whether every layer can be masked
+    for layer in chosen.values():  # only to find out, before anything changes, whether every layer can be masked
+        MASKED[type(layer)].from_module(layer, granularity)
     for layer in chosen.values():
         MASKED[type(layer)]._become_masked(layer, granularity)
     for first, *others in groups:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskops._memory import OnDevice
 from maskops.arena import MaskArena
 
 _ops = torch.ops.maskops
@@ -20,6 +21,9 @@ _BLOCK = 256
 EIGHT_BITS = {"exp_avg": torch.uint8, "exp_avg_scale": torch.float32}
 EIGHT_BITS |= {"exp_avg_sq": torch.uint8, "exp_avg_sq_scale": torch.float32}
 """Adam's moments in eight bits, and what they are multiplied by."""
+
+_ZERO = 127
+"""The first moment's code of 0; the second's is 0."""
 
 
 class _MaskOptimizer(torch.optim.Optimizer):
@@ -64,6 +68,30 @@ class _MaskOptimizer(torch.optim.Optimizer):
             super().zero_grad(set_to_none)
         else:
             self._arena.zero_grad()
+
+    def take_up(self, mask: Tensor, name: str, value: Tensor) -> None:
+        """Go on with this value as the part of a mask's state that has this name."""
+        if self._arena is None:
+            self.state[mask][name] = value.to(mask.device, copy=True)
+            return
+        memory = self._arena.memory
+        unit = 1 if name.endswith("_scale") else _BLOCK
+        nothing = _ZERO if value.dtype == torch.uint8 and name.endswith("exp_avg") else 0
+        part = memory.split(value, unit, nothing) if value.dim() else value
+        self.state[mask][name] = memory.keep(part)
+
+    def state_in_one(self, mask: Tensor) -> dict[str, Tensor]:
+        """A mask's state, with the parts of it that other processes have."""
+        state = self.state.get(mask, {})
+        if self._arena is None or self._arena.memory.parts == 1:
+            return state
+        return {name: self._in_one(name, value) for name, value in state.items()}
+
+    def _in_one(self, name: str, value: Tensor) -> Tensor:
+        if not value.dim():
+            return value
+        entries = self._arena.entries(name.rpartition(".")[0])
+        return self._arena.memory.joined(value, -(-entries // _BLOCK) if name.endswith("_scale") else entries)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         raise NotImplementedError
@@ -150,14 +178,17 @@ class MaskAdam(_MaskOptimizer):
         arena, (group,) = self._arena, self.param_groups
         if arena is None or not arena.elementwise:
             raise ValueError("MaskAdam: step_layer needs an arena whose masks have the shapes of their weights")
-        place = arena.place(name)
+        mask, weight, effective = arena.layer(name)
         # a layer has states of its own: blocks of entries in eight bits don't reach into the next
-        state = self._state(group, arena.mask, arena.mask[place], f"{name}.")
-        flat = grad.movedim(1, -1) if grad.dim() in (4, 5) else grad
-        tensors = arena.mask[place], flat.reshape(-1), arena.weight[place], arena.effective[place]
+        *state, step = self._state(group, arena.mask, mask, f"{name}.")
+        flat = arena.memory.part_of_sum((grad.movedim(1, -1) if grad.dim() in (4, 5) else grad).reshape(-1))
         lower = _number(group["lower"])
+        place = arena.place(name)
         lower = lower.expand_as(arena.mask)[place] if lower.dim() else lower
-        self._compute(group, tensors, state, lower, place.start)
+        changed = [mask, *state]
+        *fetched, weight = arena.memory.fetch([*changed, weight])
+        self._compute(group, (fetched[0], flat, weight, effective), [*fetched[1:], step], lower, place.start)
+        arena.memory.put_back(fetched, changed)
 
     def _step(self, group, key, mask, grad, weight, effective) -> None:
         tensors, lower = (mask, grad, weight, effective), _number(group["lower"])
@@ -170,8 +201,9 @@ class MaskAdam(_MaskOptimizer):
         """The moments of a mask, and its count of steps."""
         state, eight_bits = self.state[key], group["state_bits"] == 8
         if f"{prefix}step" not in state:
-            made = _moments_of_eight_bits(mask) if eight_bits else _moments(mask)
-            device = mask.device if group["capturable"] else "cpu"
+            memory = OnDevice(mask.device) if self._arena is None else self._arena.memory
+            made = _moments_of_eight_bits(mask, memory) if eight_bits else _moments(mask, memory)
+            device = memory.device if group["capturable"] else "cpu"
             made["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state.update({f"{prefix}{name}": value for name, value in made.items()})
         names = EIGHT_BITS if eight_bits else ("exp_avg", "exp_avg_sq")
@@ -194,17 +226,17 @@ def _is_rounded_by_chance(mask: Tensor) -> bool:
     return mask.dtype == torch.bfloat16
 
 
-def _moments(mask: Tensor) -> dict[str, Tensor]:
-    if _is_rounded_by_chance(mask):
-        made = partial(torch.zeros, mask.numel(), dtype=torch.float32, device=mask.device)
-    else:
-        made = partial(torch.zeros_like, mask, memory_format=torch.preserve_format)
-    return {name: made() for name in ("exp_avg", "exp_avg_sq")}
+def _moments(mask: Tensor, memory: OnDevice) -> dict[str, Tensor]:
+    names = "exp_avg", "exp_avg_sq"
+    if memory.elsewhere or _is_rounded_by_chance(mask):
+        dtype = torch.float32 if _is_rounded_by_chance(mask) else mask.dtype
+        return {name: memory.zeros(mask.numel(), dtype) for name in names}
+    return {name: torch.zeros_like(mask, memory_format=torch.preserve_format) for name in names}
 
 
-def _moments_of_eight_bits(mask: Tensor) -> dict[str, Tensor]:
+def _moments_of_eight_bits(mask: Tensor, memory: OnDevice) -> dict[str, Tensor]:
     entries = {torch.uint8: mask.numel(), torch.float32: -(-mask.numel() // _BLOCK)}
-    return {name: torch.zeros(entries[dtype], dtype=dtype, device=mask.device) for name, dtype in EIGHT_BITS.items()}
+    return {name: memory.zeros(entries[dtype], dtype) for name, dtype in EIGHT_BITS.items()}
 
 
 def _flattened(mask: Tensor, *others: Tensor | None) -> list[Tensor | None]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from maskops.cli import main
 from maskops.purify import _buckets, _checkpoint, _distributed, sweep
+from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.methods import METHODS
 
 AUGMENTED = {"crop": 1, "flip": True}
@@ -177,13 +178,38 @@ def in_buckets(rank: int, names: list[str], *sizes: int) -> list[dict[str, Any]]
     return found
 
 
+LEAN = {"step_in_backward": True, "remake_weights": True}
+
+
+def in_parts(rank: int) -> dict[str, Any]:
+    """AWM with masks of which each process has its part."""
+
+    def measure(epoch: int, model: nn.Module) -> None:
+        if rank == 0:  # nobody waits for the others here
+            model(images()[0])
+
+    found = {name: purify(name, **LEAN, shard=True, **more) for name, more in IN_PARTS.items()}
+    purify("awm in small batches", **LEAN, shard=True, on_epoch=measure)
+    run = ALGORITHMS["awm"](
+        network(), images(), "paper", None, {**LEAN, "shard": True, "layers": ("conv", "linear")}
+    ).run
+    found["kept"] = len(run.arena.weight), sum(weight.numel() for weight in run.arena.effective_weights.values())
+    return found
+
+
+IN_PARTS = {
+    "awm in one batch": {"recompute": True},
+    "awm in small batches": {"state_bits": 8},
+}
+
+
 def other_images(rank: int, name: str) -> None:
     method, kind, options = CASES[name]
     pixels, labels = images()
     METHODS[method].run(network(kind), (pixels, labels.roll(rank)), progress=False, **options)
 
 
-def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
+def stopped(rank: int, name: str, checkpoint: Path, epochs: int, more: dict[str, Any] | None = None) -> str:
     """A run that every process stops after so many epochs."""
 
     def stop(epoch: int, model: nn.Module) -> None:
@@ -191,7 +217,7 @@ def stopped(rank: int, name: str, checkpoint: Path, epochs: int) -> str:
             raise KeyboardInterrupt
 
     try:
-        purify(name, checkpoint=checkpoint, on_epoch=stop)
+        purify(name, checkpoint=checkpoint, on_epoch=stop, **(more or {}))
     except KeyboardInterrupt:
         return "stopped"
     return "not stopped"

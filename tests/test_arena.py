@@ -8,7 +8,8 @@ import torch
 from helpers import DEVICE, rand
 from test_mask_step import BF16, F16, F32, call
 
-from maskops.arena import MaskArena, _views
+from maskops._flat import views_of
+from maskops.arena import MaskArena
 from maskops.optim import MaskAdam, MaskSGD
 
 WEIGHTS = {
@@ -51,7 +52,7 @@ def test_effective_weights_of_an_arena_are_those_of_its_layers(kind, noisy, back
     effective = torch.full_like(arena.effective, math.nan)
     table = arena._table, arena._layers
     call("arena_effective_weight_", backend, effective, arena.weight, arena.mask.detach(), noise, *table)
-    for name, found in _views(effective, arena.weights).items():
+    for name, found in views_of(effective, arena.weights).items():
         mask = arena.masks[name]
         assert torch.equal(found, arena.weights[name] * (mask + mask * 0.3 if noisy else mask)), name
         found.zero_()
@@ -62,7 +63,7 @@ def test_effective_weights_of_an_arena_are_those_of_its_layers(kind, noisy, back
 def test_mask_gradients_of_an_arena_are_those_of_its_layers(kind, backend):
     arena = make_arena(kind)
     found = call("arena_mask_grad", backend, arena.grad, arena.weight, arena.mask.detach(), arena._table, arena._layers)
-    for name, value in _views(found, arena.masks).items():
+    for name, value in views_of(found, arena.masks).items():
         product = arena.effective_weights[name].grad.double() * arena.weights[name]
         error = (value - product.sum_to_size(value.shape)).abs()
         assert (error <= 1e-6 * product.abs().sum_to_size(value.shape)).all(), name

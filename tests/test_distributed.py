@@ -6,11 +6,14 @@ import torch
 import torch.distributed as dist
 from helpers_distributed import (
     CASES,
+    IN_PARTS,
+    LEAN,
     all_cases,
     begin,
     broken,
     command_line,
     hanging,
+    in_parts,
     killed,
     one_case,
     other_images,
@@ -26,7 +29,7 @@ from torch import nn
 from maskops import demo
 from maskops.checkpoint import load_masks, load_run
 from maskops.cli import main
-from maskops.purify import _distributed
+from maskops.purify import _checkpoint, _distributed
 
 
 def assert_same(found, expected):
@@ -55,6 +58,27 @@ def team(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_several_processes_come_to_what_one_does(alone, team, name):
     assert_same([found[name] for found in team], alone[name])
+
+
+def test_masks_in_parts_are_those_of_one_process(tmp_path):
+    found = together(tmp_path / "team", 2, in_parts)
+    for name, more in IN_PARTS.items():
+        assert_same([result[name] for result in found], purify(name, **LEAN, **more))
+    for result in found:
+        kept, masked = result["kept"]
+        assert masked / 2 <= kept <= masked / 2 + 3 * 256
+
+
+def test_what_one_process_began_several_in_parts_end_and_the_other_way_round(tmp_path, monkeypatch):
+    monkeypatch.setattr(_checkpoint, "_PAUSE", 0)
+    name, eight = "awm in one batch", {**LEAN, "state_bits": 8}
+    alone, parts = tmp_path / "alone.safetensors", tmp_path / "parts.safetensors"
+    expected = purify(name, **eight)
+    assert stopped(0, name, alone, 1, eight) == "stopped"
+    assert together(tmp_path / "first", 2, stopped, name, parts, 1, {**eight, "shard": True}) == ["stopped"] * 2
+    assert_same([purify(name, **eight, checkpoint=parts, resume=True)], expected)
+    more = {**eight, "shard": True, "checkpoint": alone, "resume": True}
+    assert_same(together(tmp_path / "second", 2, one_case, name, {0: more, 1: more}), expected)
 
 
 def test_layers_that_draw_do_so_in_each_process_for_itself(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from helpers import DEVICE, DTYPES, check, plain_weight, poisoned, rand
 
 from maskops import _dispatch
-from maskops.arena import MaskArena, _views
+from maskops._flat import views_of
+from maskops.arena import MaskArena
 from maskops.functional import effective_weight, effective_weights
 
 SHAPES = [(6, 4, 3, 3), (5, 7), (4, 1, 3, 3), (3,), (2, 3, 1, 1)]
@@ -139,13 +140,13 @@ def test_buffers_of_arenas_may_lie_anywhere(dtype, by, quick_backend):
     ops = torch.ops.maskops
     for added in (None, noise):
         ops.arena_effective_weight_(effective, weight, mask, added, *table, backend=quick_backend)
-        for name, found in _views(effective, arena.weights).items():
-            factor = _views(mask if added is None else mask + added, arena.masks)[name]
+        for name, found in views_of(effective, arena.weights).items():
+            factor = views_of(mask if added is None else mask + added, arena.masks)[name]
             assert torch.equal(found, (arena.weights[name].detach() * factor).to(dtype)), name
     with poisoned():
         grads = ops.arena_mask_grad(grad, weight, mask, *table, backend=quick_backend)
-    for name, found in _views(grads, arena.masks).items():
-        product = _views(grad, arena.weights)[name].double() * arena.weights[name].detach()
+    for name, found in views_of(grads, arena.masks).items():
+        product = views_of(grad, arena.weights)[name].double() * arena.weights[name].detach()
         error = (found - product.sum_to_size(found.shape)).abs()
         assert (error <= 1e-6 * product.abs().sum_to_size(found.shape)).all(), name
 

@@ -45,7 +45,7 @@ def assert_same(result, expected, tolerance=0.0):
 
 def run(model, method=awm, **options):
     usual = {"layers": ("conv", "linear"), "exclude": ("attention*",) if isinstance(model, Transformer) else ()}
-    return method(model, images(), **usual, **{**(SHORT if method is awm else SHORT_SWM), **options})
+    return method(model, images(), **{**usual, **(SHORT if method is awm else SHORT_SWM), **options})
 
 
 @pytest.mark.parametrize("build", [network, TwoHeads], ids=lambda build: build.__name__)

@@ -70,9 +70,9 @@ def test_a_plan_of_a_model_without_data_allocates_nothing():
     assert "most at one time" in str(found)
 
 
-def deep():
-    layers = [layer for _ in range(6) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
-    return nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+def deep(width=8):
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(3, width, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
 
 
 def test_a_limit_chooses_what_saves_enough_and_changes_least():
@@ -143,3 +143,28 @@ def test_what_is_wrong_with_a_plan_is_one_line():
 def test_the_batch_is_what_the_method_takes_of_so_many_images(images, batch):
     about = {"shape": (3, 16, 16), "classes": 4}
     assert plan(deep(), images=images, **about).phases == plan(deep(), images=600, batch_size=batch, **about).phases
+
+
+def test_a_plan_knows_of_weights_that_are_remade():
+    about = {"shape": (3, 8, 8), "classes": 4, "batch_size": 4, "layers": ("conv", "linear")}
+    how = {"step_in_backward": True, "branches": "concatenated"}
+    kept, remade = (plan(deep(32), **about, **how, remake_weights=option) for option in (False, True))
+    assert kept.kept["effective weights"] == kept.kept["weights"]
+    assert remade.kept["effective weights"] == 4 * 32 * 32 * 9
+    assert remade.peak < kept.peak and remade.kept["gradients"] == 0
+    assert remade.preparation < kept.preparation
+
+
+def test_a_plan_tells_the_host_s_memory_apart():
+    about = {"shape": (3, 8, 8), "classes": 4, "batch_size": 4, "branches": "concatenated", **ALL}
+    lean = {"step_in_backward": True, "remake_weights": True}
+    kept, offloaded = plan(deep(32), **about, **lean), plan(deep(32), **about, **lean, offload=True)
+    assert offloaded.host == {name: kept.kept[name] for name in ("weights", "masks", "optimiser")}
+    assert not offloaded.host.keys() & offloaded.kept.keys()
+    assert 0 < offloaded.model <= kept.model - kept.kept["weights"] + 1000
+    assert offloaded.kept["effective weights"] == kept.kept["effective weights"]
+    assert offloaded.bytes_per_parameter < 1
+    largest = 4 * 32 * 32 * 9
+    for phase, needed in kept.phases.items():
+        assert needed <= offloaded.phases[phase] <= needed + 4 * largest, phase
+    assert offloaded.peak < 0.7 * kept.peak and "masks, in the host's memory" in str(offloaded)

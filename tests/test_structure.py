@@ -18,7 +18,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ROOMS = (
-    *("_state", "_text", "backends", "_dispatch", "_ops", "functional", "nn"),
+    *("_memory", "_flat", "_state", "_text", "backends", "_dispatch", "_ops", "functional", "nn"),
     *("lower", "purify", "report", "demo", "cli", "__main__"),
 )
 """From the bottom to the top; a room imports from those below it."""

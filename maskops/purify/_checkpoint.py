@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from maskops._text import one_line
+from maskops.arena import MaskArena
 from maskops.checkpoint import CheckpointError, load_run, save_run
-from maskops.optim import EIGHT_BITS
+from maskops.optim import EIGHT_BITS, MaskAdam, MaskSGD
 from maskops.purify._finite import is_finite
 from maskops.purify._loop import Run, plain_options
 
-_ELSEWHERE = {"progress", "graphs"}
+_ELSEWHERE = {"progress", "graphs", "remake_weights", "offload", "shard"}
 """Settings that may differ in the process that goes on, as may which GPU it is."""
 
 _NOTES = {"phases": int, "options": dict, "now": dict, "history": dict, "seconds": dict}
@@ -34,6 +35,11 @@ _MOMENTS = {"exp_avg": None, "exp_avg_sq": None}
 
 _PAUSE = 20
 """A state is written at most once in so many times as long as writing one takes: at most 5 % of the time goes there."""
+
+
+_OF_MASKS = MaskAdam, MaskSGD
+
+_Kind = tuple[torch.Size, torch.dtype]
 
 
 class Resumable(Protocol):
@@ -66,7 +72,9 @@ class Checkpoint:
 
     def __init__(self, algorithm: Resumable, path: str | os.PathLike, resume: bool) -> None:
         self._algorithm, self._path = algorithm, Path(path)
-        self._team = algorithm.run.team
+        self._team, self._parts = algorithm.run.team, _parts(algorithm)
+        # where parts are put together all processes must come by, whatever the first one finds
+        self._needed = _made(algorithm)
         self._tensors: dict[str, Tensor] = {}
         self._notes: dict[str, Any] = {"phases": 0}
         self._wait = self._written = 0.0
@@ -87,7 +95,7 @@ class Checkpoint:
         run, done, number = self._algorithm.run, self._notes["phases"], 0
         run.replaying = done > 0
         if done > 0:
-            self._fill(_live(self._algorithm))
+            self._fill()
         for number, phase in enumerate(self._algorithm.phases(), start=1):
             if number == done:
                 with self._team.all_or_none():
@@ -96,28 +104,34 @@ class Checkpoint:
             if number <= done:
                 continue
             yield phase
+            due = self._as_the_first(time.monotonic() - self._written >= self._wait)
             with self._team.all_or_none():
-                if time.monotonic() - self._written >= self._wait:
+                if due:
                     self._save(number)
         if number < done:
             raise self._no_checkpoint(f"phase {done} of {number}")
+        due = self._as_the_first(self._notes["phases"] < number)
         with self._team.all_or_none():
-            if self._notes["phases"] < number:
+            if due:
                 self._save(number)
 
+    def _as_the_first(self, decided: bool) -> bool:
+        """What the first process decided, if all must do the same."""
+        return decided if self._parts == 1 else self._team.first(lambda: decided)
+
     def _save(self, phases: int) -> None:
-        if self._team.rank > 0:
+        if self._team.rank > 0 and self._parts == 1:
             return
         start = time.monotonic()
         algorithm, run = self._algorithm, self._algorithm.run
-        live = _live(algorithm)
-        if _broken(live) is not None:
+        live, states = _live(algorithm), _optimizer_states(algorithm)
+        if self._team.rank > 0 or _broken(live) is not None:
             return  # the run is about to end, and the state in the file is the last good one
-        tensors = {**live, **_optimizer_states(algorithm), **_generator_states(algorithm)}
+        tensors = {**live, **states, **_generator_states(algorithm)}
         self._notes = {
             **self._about,
             "phases": phases,
-            "now": plain_options(algorithm.options),
+            "now": {name: value for name, value in plain_options(algorithm.options).items() if name not in _ELSEWHERE},
             "history": run.history,
             "seconds": run.seconds(),
         }
@@ -149,7 +163,7 @@ class Checkpoint:
         if other:
             values = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in other)
             raise ValueError(f"{method}: {self._path} is the checkpoint of a run with other options: {values}")
-        self._check_needed()
+        self._check_needed(self._needed)
         broken = _broken(self._tensors)
         if broken is not None:
             raise self._no_checkpoint(f"{broken} has values that are nan or infinite")
@@ -161,14 +175,11 @@ class Checkpoint:
             raise self._no_checkpoint(one_line(error)) from None
         self._told()
 
-    def _check_needed(self) -> dict[str, Tensor]:
-        """Raise unless the file has all that has been made by now, which is returned."""
-        needed = {**_live(self._algorithm), **_generator_states(self._algorithm)}
-        expected = {name: (value.shape, value.dtype) for name, value in needed.items()}
-        if expected != {name: (value.shape, value.dtype) for name, value in self._tensors.items() if name in needed}:
+    def _check_needed(self, needed: Mapping[str, _Kind]) -> None:
+        """Raise unless the file has all that has been made by now."""
+        if needed != {name: _kind(value) for name, value in self._tensors.items() if name in needed}:
             method = self._algorithm.method
             raise CheckpointError(f"{method}: {self._path} lacks tensors of the run; nothing was changed")
-        return needed
 
     def _check_others(self, needed: Collection[str]) -> None:
         """Raise unless the other tensors are the whole states of optimisers."""
@@ -180,23 +191,32 @@ class Checkpoint:
             raise self._no_checkpoint("an optimiser's state is in pieces")
 
     @torch.no_grad()
-    def _fill(self, live: Mapping[str, Tensor]) -> None:
-        for name, value in live.items():
-            value.copy_(self._tensors[name])
+    def _fill(self) -> None:
+        arena = _arena(self._algorithm)
+        for name, value in {**self._algorithm.run.tensors(), **self._algorithm.tensors()}.items():
+            if arena is not None and value is arena.mask:
+                arena.take_masks(self._tensors[f"run.{name}"])
+            else:
+                value.copy_(self._tensors[f"run.{name}"])
 
     @torch.no_grad()
     def _restore(self) -> None:
         algorithm, run = self._algorithm, self._algorithm.run
-        self._check_others(self._check_needed())
-        self._fill(_live(algorithm))
+        needed = _made(algorithm)
+        self._check_needed(needed)
+        self._check_others(needed)
+        self._fill()
         for name, value in self._tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "optimizer":
                 number, place, key = rest.split(".", 2)
                 optimizer = algorithm.optimizers[int(number)]
                 parameter = _parameters(optimizer)[int(place)]
-                on_host = key == "step" and not optimizer.param_groups[0].get("capturable", False)
-                optimizer.state[parameter][key] = value.to("cpu" if on_host else parameter.device, copy=True)
+                if isinstance(optimizer, _OF_MASKS):
+                    optimizer.take_up(parameter, key, value)
+                else:
+                    on_host = key == "step" and not optimizer.param_groups[0].get("capturable", False)
+                    optimizer.state[parameter][key] = value.to("cpu" if on_host else parameter.device, copy=True)
         for name, generator in run.generators().items():
             generator.set_state(self._tensors[f"generator.{name}"])
         algorithm.options = replace(algorithm.options, **self._notes["now"])
@@ -229,7 +249,30 @@ def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _live(algorithm: Resumable) -> dict[str, Tensor]:
     """What steps change in place, but for the optimisers' states, which aren't there before the first step."""
-    return {f"run.{name}": value.detach() for name, value in {**algorithm.run.tensors(), **algorithm.tensors()}.items()}
+    arena = _arena(algorithm)
+    masks = {} if arena is None else {"mask": arena.mask_in_one()}
+    live = {**algorithm.run.tensors(), **masks, **algorithm.tensors()}
+    return {f"run.{name}": value.detach() for name, value in live.items()}
+
+
+def _arena(algorithm: Resumable) -> MaskArena | None:
+    """That of a run which learns masks."""
+    return getattr(algorithm.run, "arena", None)
+
+
+def _parts(algorithm: Resumable) -> int:
+    """Over how many processes what is learned is spread."""
+    arena = _arena(algorithm)
+    return 1 if arena is None else arena.memory.parts
+
+
+def _made(algorithm: Resumable) -> dict[str, _Kind]:
+    """What a checkpoint must have of what has been made by now."""
+    return {name: _kind(value) for name, value in {**_live(algorithm), **_generator_states(algorithm)}.items()}
+
+
+def _kind(value: Tensor) -> _Kind:
+    return value.shape, value.dtype
 
 
 def _broken(tensors: Mapping[str, Tensor]) -> str | None:
@@ -259,7 +302,7 @@ def _belongs(algorithm: Resumable, name: str, value: Tensor) -> bool:
         return False
     parameter = parameters[int(found[2])]
     if "." in found[3] or found[3].endswith("_scale"):  # a layer's own, or a number for some: fewer, in a row
-        return value.dim() <= 1 and value.numel() <= parameter.numel()
+        return value.dim() <= 1 and value.numel() <= parameter.numel() * _parts(algorithm)
     return value.shape in ((), parameter.shape)
 
 
@@ -285,9 +328,15 @@ def _optimizer_states(algorithm: Resumable) -> dict[str, Tensor]:
         f"optimizer.{number}.{place}.{key}": value
         for number, optimizer in enumerate(algorithm.optimizers)
         for place, parameter in enumerate(_parameters(optimizer))
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in _state_of(optimizer, parameter).items()
         if isinstance(value, Tensor)
     }
+
+
+def _state_of(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    if isinstance(optimizer, _OF_MASKS):
+        return optimizer.state_in_one(parameter)
+    return optimizer.state.get(parameter, {})
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

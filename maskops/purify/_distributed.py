@@ -18,6 +18,10 @@ from maskops.purify._whole_norms import WholeBatchNorms
 
 T = TypeVar("T")
 
+# under the names that torch has given them by now
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
 _KINDS = (CheckpointError, ValueError, TypeError, ImportError, OSError)
 """What the error of one process is for the others."""
 
@@ -83,6 +87,12 @@ class Team:
     def adding(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to sum a contiguous tensor over the processes, in place; what is returned waits for the sum."""
         return lambda: None
+    def gather(self, whole: Tensor) -> None:
+        """Fill a flat tensor, of which each process has written its own of as many equal parts, from the others."""
+
+    def sum_part(self, whole: Tensor) -> Tensor:
+        """This process's own of the equal parts of the sum over the processes of a flat tensor."""
+        return whole
 
     def most(self, tensor: Tensor) -> None:
         """The largest over the processes of each element, in place."""
@@ -148,6 +158,18 @@ class _Processes(Team):
                 work.wait()
 
         return wait
+    @torch.no_grad()
+    def gather(self, whole: Tensor) -> None:
+        data = whole.view(torch.uint8)  # which every backend takes
+        with self._others_there():
+            _all_gather(data, data.chunk(self.size)[self.rank].clone())
+
+    @torch.no_grad()
+    def sum_part(self, whole: Tensor) -> Tensor:
+        part = whole.new_empty(len(whole) // self.size)
+        with self._others_there():
+            _reduce_scatter(part, whole)
+        return part
 
     def most(self, tensor: Tensor) -> None:
         self._reduce(tensor, dist.ReduceOp.MAX)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
 
+from maskops._memory import OnHost, host_memory
 from maskops._state import eval_mode
 from maskops.arena import MaskArena
 from maskops.convert import LAYERS, fold_, mask_, maskable, masked_layers, masks
@@ -25,11 +26,15 @@ from maskops.purify._depth import depths
 from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._noise import Biases, Noise
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
+from maskops.purify._shards import Shards
 from maskops.purify._working import WorkingModel, shared_copy
 
 Branch = tuple[float, Tensor, Tensor]
+
+_MIXES = "it computes with the statistics of its batches"
 
 
 class MaskRun(Run):
@@ -44,6 +49,10 @@ class MaskRun(Run):
     biases:           None; ``"noise"``: the masked layers' biases are perturbed where the weights are; or ``"tune"``:
                       they are parameters to be learned, in :attr:`biases`
     mask_bits:        16 for masks in bfloat16; 32 for the weights' dtype, or float32 over weights that are kept in less
+    step_in_backward: no gradient of the whole model is kept: :meth:`step_in_backward` is to be called
+    offload:          θ and the masks are in the host's memory, and what isn't masked is copied to the device; with
+                      weights that are made before each use
+    shard:            each process has its part of every layer's θ and masks, in the same way
     """
 
     def __init__(
@@ -57,50 +66,72 @@ class MaskRun(Run):
         track_statistics: bool = False,
         biases: str | None = None,
         mask_bits: int = 32,
+        step_in_backward: bool = False,
+        offload: bool = False,
+        shard: bool = False,
         within: bool = False,
     ) -> None:
+        self._adds_up, self._offload = not step_in_backward, offload
         self.team = ALONE if within else team_of(method)
+        if shard and self.team.size == 1:
+            raise ValueError(f"{method}: shard=True is for several processes, and this is one")
+        self._shard = shard
         super().__init__(method, model, clean_data, setting, within=within)
         with self.named_errors(), self.seeded_layers():
             self.team.check(model, self.device, batch_statistics, batch_statistics and track_statistics)
             self._masked = shared_copy(model)
-            if any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
+            away = offload or shard
+            if not away and any(tensor.device != self.device for tensor in self._masked.state_dict().values()):
                 self._masked.to(self.device)
             network = shared_copy(self._masked)
             layers, exclude = _chosen(network, setting)
-            mask_(self._masked, setting.granularity, setting.include, exclude, layers)
+            with self._at_home():
+                mask_(self._masked, setting.granularity, setting.include, exclude, layers)
+                _forget_masks(self._masked)
             self._track_statistics = batch_statistics and track_statistics
             self._prepare(network, setting, mask_bits, fold=not batch_statistics and biases is None)
-            self._prepare_biases(biases)
+            of_biases = Biases(self._working, biases)
+            self.biases, self._bias_owners = of_biases.tuned, of_biases.owners
+            self.noise = Noise(self.arena, of_biases.shifts, self.noise_generator)
+            self._learn(True)
             self.check_labels(self.model)
         self.model.train(batch_statistics)
-        learned = [value for arena in self._noisy() for value in arena.effective_weights.values()]
+        learned = [value for arena in self.noise.arenas for value in arena.effective_weights.values()]
         changing = [*learned, *self.biases.values()]
         self.model.make_tape(self.images[:2], changing, setting.gate, setting.recompute)
         # in eval mode too, such a norm computes with the statistics of its batch
         self._mixes_batches = batch_statistics or any(
             isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
         )
-        if setting.recompute and (self._mixes_batches or self.model.tape_reason):
-            reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
-            raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
-        self._perturbing = False
+        reason = self.model.tape_reason
+        self._refuse("remake_weights", setting.remake_weights, reason)
+        self._refuse("recompute", setting.recompute, _MIXES if self._mixes_batches else reason)
         self._sums = BucketSums(method, self.team, self.arena)
         self._shares_of: dict[tuple, Tensor] = {}
+
+    def _at_home(self) -> AbstractContextManager[object]:
+        """Within, things are made where the model is, which isn't on the device if masks and θ aren't."""
+        return host_memory() if self._offload else nullcontext()
+
+    def _refuse(self, name: str, wanted: bool, reason: str | None) -> None:
+        """Raise ValueError for an option that is wanted where there is a reason against it."""
+        if wanted and reason is not None:
+            raise ValueError(f"{self.method}: {name}=True can't be done for this model: {reason}")
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, mask_bits: int, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
         layers = masked_layers(self._masked)
-        example = self.images[:2]
         how = {"fold": fold, "track": self._track_statistics}
-        self.model = WorkingModel(network, example, self.mean, self.std, layers, self.low_dtype, **how)
+        home = next(iter(layers.values())).weight.device
+        with self._at_home():
+            about = (None if value is None else value.to(home) for value in (self.images[:2], self.mean, self.std))
+            self.model = WorkingModel(network, *about, layers, self.low_dtype, **how)
         if self.model.unused:
             raise ValueError(f"the model's forward doesn't use {', '.join(self.model.unused)}; use exclude=")
         # layers that share a weight share a mask: the first stands for all of them
         owner_of = {id(layer.weight): name for name, layer in reversed(layers.items())}
         self._owners = {name: owner_of[id(layer.weight)] for name, layer in layers.items()}
         self._fixed: set[str] = set()
-        self.biases: dict[str, Parameter] = {}
         self._working = {name: self.model.network.get_submodule(name) for name in layers}
         weights = {name: self._working[name].weight for name in reversed(owner_of.values())}
         learned = {name: getattr(layers[name], layers[name].mask_name) for name in weights}
@@ -108,37 +139,25 @@ class MaskRun(Run):
         low = self.low_dtype if not any(isinstance(layer, NORMS) for layer in layers.values()) else None
         low = low or next(iter(weights.values())).dtype
         if setting.weight_dtype is not None:
-            weights = {name: weight.to(setting.weight_dtype) for name, weight in weights.items()}
             learned = {name: mask.float() for name, mask in learned.items()}
         if mask_bits == 16:
             learned = {name: mask.bfloat16() for name, mask in learned.items()}
-        self.arena = MaskArena(weights, learned, low)
-        _set_masks(self._masked, self._owners, self.arena.masks)
+        keep = not setting.remake_weights
+        spread = Shards(self.device, self.team) if self._shard else None
+        where = {"memory": OnHost(self.device) if self._offload else spread}
+        about = {"weight_dtype": setting.weight_dtype, "keep": keep, "learn": self._adds_up}
+        self.arena = MaskArena(weights, learned, low, **about, **where)
+        self.model.remade = None if keep else self.arena
+        if not self._shard:
+            _set_masks(self._masked, self._owners, self.arena.masks)
         for name, owner in self._owners.items():
             self._working[name].weight = self.arena.effective_weights[owner]
-        self._learn(True)
-
-    def _prepare_biases(self, biases: str | None) -> None:
-        with_bias = {name: layer for name, layer in self._working.items() if layer.bias is not None}
-        # layers that share a bias share what happens to it
-        owner_of = {id(layer.bias): name for name, layer in reversed(with_bias.items())}
-        owners = {name: owner_of[id(layer.bias)] for name, layer in with_bias.items()}
-        originals = {name: with_bias[name].bias for name in dict.fromkeys(owners.values())}
-        self._shifts: MaskArena | None = None
-        if biases == "noise" and originals:
-            self._shifts = MaskArena(originals, {name: torch.ones_like(bias) for name, bias in originals.items()})
-            for name, owner in owners.items():
-                with_bias[name].bias = self._shifts.effective_weights[owner].requires_grad_(False)
-        elif biases == "tune":
-            self.biases = {name: Parameter(bias.detach().clone()) for name, bias in originals.items()}
-            for name, owner in owners.items():
-                with_bias[name].bias = self.biases[owner]
-        self._bias_owners = owners
+        if home != self.device:
+            self.model.to(self.device)
 
     def logits(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The working model's logits of images in pixel space, plus a trigger."""
-        if not self._perturbing:
-            self._drop_noise()
+        self.noise.drop()
         return self.model(images, trigger)
 
     def cross_entropy(self, images: Tensor, *labels: Tensor, trigger: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -207,58 +226,28 @@ class MaskRun(Run):
             reason = "it has batch norms with the statistics of their batch"
         elif not self.arena.elementwise:
             reason = "its masks are of another granularity than 'weight'"
-        if reason is not None:
-            raise ValueError(f"{self.method}: step_in_backward=True can't be done for this model: {reason}")
-        self.arena.drop_grad()
+        self._refuse("step_in_backward", True, reason)
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
 
         def step(weight: Parameter, grad: Tensor) -> None:
-            masks.step_layer(name_of[id(weight)], self.team.total(grad))  # two weights may have one gradient
+            # two weights may have one gradient, and what is in parts is summed as such
+            masks.step_layer(name_of[id(weight)], grad if self._shard else self.team.total(grad))
 
         self.model.hand_over_gradients(step)
 
-    def draw_noise(self, bound: float) -> None:
-        """Noise on the masks, and on the biases of a run with noise on them, uniform in [-bound, bound]."""
-        for arena in self._noisy():
-            arena.draw_noise(bound, self.noise_generator)
-
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
-        with self.perturbed(learn_biases=True), self._sums.during_backward(self.model):
+        with self.noise.perturbed(learn_biases=True), self._sums.during_backward(self.model):
             self.cross_entropy(images, labels)[0].backward()
-        self.add_gradients(*self._noisy()[1:])
-        for arena in self._noisy():
-            arena.ascend_noise(step_size, bound)
-
-    @contextmanager
-    def perturbed(self, learn_biases: bool = False) -> Iterator[None]:
-        """Within, the layers compute with ``(m + δ) ⊙ θ`` and, in a run with noise on biases, ``(1 + ξ) ⊙ b``."""
-        for arena in self._noisy():
-            arena.perturb()
-        self._perturbing = True
-        self._learn_shifts(learn_biases)
-        try:
-            yield
-        finally:
-            self._learn_shifts(False)
-            self._perturbing = False
+        self.add_gradients(*self.noise.arenas[1:])
+        self.noise.ascend(step_size, bound)
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
-        self._drop_noise()
-        with self.frozen_masks():  # no backward of a measurement reaches what is learned
+        self.noise.drop()
+        # no backward of a measurement reaches what is learned, and it may look at the weights, if there is room
+        looks = on_epoch is not None and not self.replaying and not self._offload
+        with self.frozen_masks(), self.arena.whole() if looks else nullcontext():
             super().report(on_epoch, epoch, model)
-
-    def _drop_noise(self) -> None:
-        for arena in self._noisy():
-            arena.refresh_if_perturbed()
-
-    def _noisy(self) -> list[MaskArena]:
-        return [self.arena] if self._shifts is None else [self.arena, self._shifts]
-
-    def _learn_shifts(self, learning: bool) -> None:
-        if self._shifts is not None:
-            for shift in self._shifts.effective_weights.values():
-                shift.requires_grad_(learning)
 
     def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
         """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.
@@ -277,10 +266,8 @@ class MaskRun(Run):
         else:
             *others, last = branches if perturbed is None else (*branches, perturbed)
             losses = [self._descend(*branch) for branch in others]
-            with nullcontext() if perturbed is None else self.perturbed(), self._sums.during_backward(self.model):
+            with nullcontext() if perturbed is None else self.noise.perturbed(), self._sums.during_backward(self.model):
                 losses.append(self._descend(*last))
-        if perturbed is not None and self._shifts is not None:
-            self._shifts.refresh()  # in the step itself, so that replays do it too; the mask step does the weights
         self.add_gradients()
         return losses
 
@@ -310,6 +297,7 @@ class MaskRun(Run):
         return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
+        self.arena.memory.settle()
         changed = {"mask": self.arena.mask} | {f"bias {name}": bias for name, bias in self.biases.items()}
         if self._track_statistics:
             changed |= {f"buffer {name}": buffer for name, buffer in self.model.network.named_buffers()}
@@ -347,10 +335,13 @@ class MaskRun(Run):
 
         pruned: masks of zeros and ones that take the place of the learned ones, which become the scores
         """
-        for what, value in (("mask", self.arena.mask), *(("bias", bias) for bias in self.biases.values())):
+        self.arena.memory.settle()
+        whole = self.arena.whole_masks()
+        values = list(whole.values()) if self._shard else [self.arena.mask]
+        for what, value in (*(("mask", value) for value in values), *(("bias", bias) for bias in self.biases.values())):
             if not bool(torch.isfinite(value).all()):
                 raise self.failed(f"a {what} became nan or infinite")
-        learned = self._apply(self.arena.masks)
+        learned = self._apply(whole)
         if pruned is not None:
             results["scores"] = learned
             learned = self._apply(pruned)
@@ -386,6 +377,14 @@ def _chosen(network: nn.Module, setting: MaskSetting) -> tuple[Any, tuple[str, .
     batch_norms = {name for name in usable if isinstance(candidates[name], _BatchNorm)}
     chosen = batch_norms or usable
     return tuple(LAYERS), (*exclude, *(name for name in candidates if name not in chosen))
+
+
+def _forget_masks(masked: nn.Module) -> None:
+    """Have masks of ones in no memory, until others take their places."""
+    for layer in masked_layers(masked).values():
+        mask = getattr(layer, layer.mask_name)
+        one = torch.ones((), dtype=mask.dtype, device=mask.device)
+        setattr(layer, layer.mask_name, Parameter(one.expand(mask.shape)))
 
 
 def _set_masks(masked: nn.Module, owners: Mapping[str, str], values: Mapping[str, Tensor]) -> None:

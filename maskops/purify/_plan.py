@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from maskops._memory import host_memory, on_host_now
 from maskops.purify._algorithm import Algorithm
 from maskops.purify._fake import fake_copy
 from maskops.purify._options import settle
@@ -23,6 +24,7 @@ from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.awm import AWMOptions
 
 _EXACT = {"gate": "bits"}, {"gate": "bits", "recompute": True}
+_REMADE = {"remake_weights": True}
 _ROUNDED = {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}
 _LADDERS: dict[str, tuple[dict[str, Any], ...]] = {
     "awm": (
@@ -30,10 +32,18 @@ _LADDERS: dict[str, tuple[dict[str, Any], ...]] = {
         {"branches": "sequential"},
         *({"branches": "sequential", **exact} for exact in _EXACT),
         {**_EXACT[-1], "step_in_backward": True},
-        {**_EXACT[-1], "step_in_backward": True, "state_bits": 8},
-        *({**_EXACT[-1], "step_in_backward": True, "state_bits": 8, **rounded} for rounded in _ROUNDED),
+        {**_EXACT[-1], "step_in_backward": True, **_REMADE},
+        {**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8},
+        *({**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8, **rounded} for rounded in _ROUNDED),
+        {**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8, **_ROUNDED[-1], "offload": True},
     ),
-    "swm": ({}, *_EXACT, {**_EXACT[-1], "state_bits": 8}, *({**_EXACT[-1], "state_bits": 8, **r} for r in _ROUNDED)),
+    "swm": (
+        {},
+        *_EXACT,
+        {**_EXACT[-1], **_REMADE},
+        {**_EXACT[-1], **_REMADE, "state_bits": 8},
+        *({**_EXACT[-1], **_REMADE, "state_bits": 8, **rounded} for rounded in _ROUNDED),
+    ),
     "anp": ({}, {"gate": "bits"}, {"gate": "bits", **_ROUNDED[0]}),
     "nft": ({}, {"gate": "bits"}, {"gate": "bits", **_ROUNDED[0]}),
 }
@@ -44,7 +54,7 @@ _LADDERS: dict[str, tuple[dict[str, Any], ...]] = {
 class Plan:
     """The memory of a purification on its device, in bytes.
 
-    model:      the user's own, parameters and buffers
+    model:      the user's own, parameters and buffers; with ``offload`` what of it isn't masked
     kept:       what the run holds throughout, by name: ``"weights"`` θ in the order of the arena, ``"masks"``,
                 ``"effective weights"``, ``"gradients"``, ``"optimiser"``, ``"images"``, ``"other"``
     phases:     for each kind of step the most that it needs beside all this: activations, for the most part
@@ -52,6 +62,7 @@ class Plan:
     options:    what was given, and what was chosen to fit the memory
     parameters: masked ones
     fits:       whether the peak is within the memory; True without one
+    host:       with ``offload``, by name as in ``kept``, what the run holds in the host's memory instead
     """
 
     model: int
@@ -61,6 +72,7 @@ class Plan:
     options: dict[str, Any]
     parameters: int
     fits: bool = True
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -77,6 +89,7 @@ class Plan:
         rows = [("the model itself", self.model), *self.kept.items()]
         rows += [(f"{name}, beside that", size) for name, size in self.phases.items()]
         rows += [("most at one time", self.peak)]
+        rows += [(f"{name}, in the host's memory", size) for name, size in self.host.items()]
         width = max(len(name) for name, _ in rows)
         chosen = ", ".join(f"{name}={_shown(value)}" for name, value in self.options.items())
         lines = [f"{name:<{width}}  {size / 1e9:9.3f} GB" for name, size in rows]
@@ -98,8 +111,8 @@ def plan(
 
     The steps themselves run, on tensors that have shapes and no data; the model may be on the meta device. With a
     limit on it, options that save memory are added, from those that only cost time to those that round (``dtype``,
-    ``weight_dtype``), until the peak fits; then a ``batch_size`` that is given is halved, down to a quarter. What the
-    method refuses for this model is left out.
+    ``weight_dtype``) and at last ``offload``, until the peak fits; then a ``batch_size`` that is given is halved, down
+    to a quarter. What the method refuses for this model is left out.
 
     method:  ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
     shape:   (C, H, W) of an image
@@ -169,7 +182,8 @@ def _measured(
     data = torch.zeros(count, *shape), torch.arange(count) % classes
     settings = {**as_on_gpu, **options, "device": "cpu", "progress": False, "batch_size": count}
     with _only_new_garbage(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
-        copied = fake_copy(model)
+        with host_memory() if options.get("offload") else nullcontext():
+            copied = fake_copy(model)
         own = meter.now()
         algorithm = ALGORITHMS[method](copied, data, preset, None, settings)
         for phase in _first_epoch(algorithm):
@@ -182,11 +196,17 @@ def _measured(
             _one_step(algorithm, phase)
             phases[phase.name] = meter.peak - held
         kept = _kept(algorithm)
-    arena = algorithm.run.arena
+    arena, host = algorithm.run.arena, {}
+    if arena.memory.elsewhere:
+        host = {name: kept.pop(name) for name in ("weights", "masks", "optimiser")}
+        # which the meter took for the host's, as is all that was made from the model alone
+        copied = (*algorithm.run.model.parameters(), *algorithm.run.model.buffers())
+        moved = sum(tensor.nbytes for tensor in copied if not arena.is_effective(tensor))
+        own, held, preparation = own + moved, held + moved, preparation + moved
     kept["images"] = images * algorithm.run.images.stored[0].nbytes
     kept["other"] = max(held - own - sum(kept.values()) + kept["images"], 0)
     parameters = sum(weight.numel() for weight in arena.weights.values())
-    return Plan(own, kept, phases, preparation, options, parameters)
+    return Plan(own, kept, phases, preparation, options, parameters, host=host)
 
 
 def _batch_size(options: Any, images: int, shape: tuple[int, ...]) -> int:
@@ -270,8 +290,9 @@ class _Meter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         known, size = self._alive.get(storage._cdata, (None, 0))
         if known is None or known.expired():
-            self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            self._total += storage.nbytes() - size
+            length = 0 if on_host_now() else storage.nbytes()
+            self._alive[storage._cdata] = StorageWeakRef(storage), length
+            self._total += length - size
 
     def _forget_dead(self) -> None:
         for key in [key for key, (storage, _) in self._alive.items() if storage.expired()]:

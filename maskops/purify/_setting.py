@@ -68,6 +68,9 @@ class MaskSetting(Setting):
     recompute:   keep only what lies between a few segments of the network, and run each once more for its backward:
                  less memory for up to a forward's time more, and the same result; for networks that a tape can run, in
                  eval mode
+    remake_weights: keep no effective weights, but make each layer's anew before its forward and again before its
+                 backward, in memory that they share: the same result for two launches more per layer; for networks that
+                 a tape can run. For ``on_epoch`` all are there
     weight_dtype: torch.bfloat16 keeps θ in 16 bits: exact only if they are numbers of that kind; None as they are.
                  Masks are float32 then
     folded:      return plain layers with the masks folded in; otherwise masked layers
@@ -79,6 +82,7 @@ class MaskSetting(Setting):
     granularity: str = "weight"
     gate: str = "auto"
     recompute: bool = False
+    remake_weights: bool = False
     weight_dtype: torch.dtype | None = None
     folded: bool = True
 
@@ -87,7 +91,7 @@ class MaskSetting(Setting):
         choice("purify", self, "granularity", GRANULARITIES)
         choice("purify", self, "gate", ("auto", "output", "bits"))
         choice("purify", self, "weight_dtype", (None, torch.bfloat16))
-        for name in ("recompute", "folded"):
+        for name in ("recompute", "remake_weights", "folded"):
             choice("purify", self, name, (True, False))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
+from maskops.arena import MaskArena
 from maskops.lean import lean_autograd
+from maskops.purify._at_hand import AtHand
 from maskops.purify._fake import has_data
 from maskops.purify._tape import Tape, untouched
 
@@ -105,6 +107,8 @@ class WorkingModel(PixelModel):
         super().__init__(network.requires_grad_(False), mean, std, dtype)
         self._first: str | None = None
         self._tape: Tape | None = None
+        self.remade: MaskArena | None = None
+        """The arena of effective weights that are made before each use; None where all are kept."""
         self.relu_bits = True
         """Whether ReLUs keep bits where there is no tape. Layers whose weights are learned keep their inputs, which are
         outputs of ReLUs: bits would come on top."""
@@ -160,6 +164,9 @@ class WorkingModel(PixelModel):
         if isinstance(found, str):
             self.tape_reason = found
             return
+        if self.remade is not None:
+            found.remade = self.remade
+            self.remade.lay_out(found.uses())
         if not has_data():
             self._tape, self.tape_reason = found, None
             return
@@ -212,8 +219,16 @@ class WorkingModel(PixelModel):
                 parameter.requires_grad_()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies have: the tape knows the layers of this one alone."""
-        return {**super().__getstate__(), "_tape": None, "tape_reason": "this is a copy"}
+        """What copies have: the tape knows the layers of this one alone, and weights that are remade are there."""
+        state = {**super().__getstate__(), "_tape": None, "remade": None, "tape_reason": "this is a copy"}
+        if self.remade is not None:
+            with self.remade.whole():
+                state["_modules"] = {**self._modules, "network": shared_copy(self.network)}
+        return state
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        with nullcontext() if self.remade is None else self.remade.whole():
+            return super().state_dict(*arguments, **options)
 
     def forward(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """Logits of ``images + trigger``; a trigger has shape (1, C, H, W) and may require gradients."""
@@ -229,8 +244,11 @@ class WorkingModel(PixelModel):
 
     def plain(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The logits by the network's own forward, without the tape."""
-        with self._precision(images):
+        with self._precision(images), self._weights():
             return self._network_logits(images, trigger).to(images.dtype)
+
+    def _weights(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.remade is None else AtHand(self.remade)
 
     def _network_logits(self, images: Tensor, trigger: Tensor | None) -> Tensor:
         if trigger is None:

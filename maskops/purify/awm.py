@@ -48,6 +48,11 @@ class AWMOptions:
     state_bits:    32, or 8 for Adam's moments in eight bits each: see :class:`maskops.optim.MaskAdam`
     step_in_backward: step each layer's masks in the backward itself, as soon as their gradient is complete, so that no
                    gradient of the whole model exists; for masks of weights and branches as one batch; same result
+    offload:       keep θ, masks and Adam's state in the host's memory, and copy those of a layer to the device when it
+                   is computed and stepped, which takes as long as the bus does: of a model whose activations alone fit.
+                   With ``remake_weights`` and ``step_in_backward``; same result, which is where the model is
+    shard:         of several processes each keeps its part of θ, masks and Adam's state of every layer, which is put
+                   together when it is computed; with the same two options; same result
     branches:      the two losses of line 11 one after the other, ``"sequential"`` (half the activations), or as one
                    batch, ``"concatenated"`` (fewer, larger launches); ``"auto"`` is sequential on the CPU, and on a GPU
                    concatenated for as long as its memory suffices
@@ -73,6 +78,8 @@ class AWMOptions:
     mask_bits: int = 32
     state_bits: int = 32
     step_in_backward: bool = False
+    offload: bool = False
+    shard: bool = False
     branches: str = "auto"
 
     def __post_init__(self) -> None:
@@ -90,9 +97,11 @@ class AWMOptions:
         choice("awm", self, "inner_labels", ("true", "predicted"))
         choice("awm", self, "projection", ("rescale", "project", "l2", "none"))
         choice("awm", self, "branches", ("auto", "sequential", "concatenated"))
+        if self.offload and self.shard:
+            raise ValueError("awm: offload=True and shard=True exclude each other")
         if self.step_in_backward and self.branches == "sequential":
             raise ValueError("awm: step_in_backward=True takes one backward: branches='concatenated'")
-        for name in ("project_every_step", "clamp", "step_in_backward"):
+        for name in ("project_every_step", "clamp", "step_in_backward", "offload", "shard"):
             choice("awm", self, name, (True, False))
 
     def for_images(self, images: Tensor | CleanImages) -> AWMOptions:
@@ -191,7 +200,11 @@ class AWM(Algorithm):
     method, presets = "awm", PRESETS
 
     def prepare(self, model: nn.Module, clean_data: Any, options: AWMOptions, setting: MaskSetting) -> None:
-        self.run = MaskRun("awm", model, clean_data, setting, mask_bits=options.mask_bits)
+        for name in ("offload", "shard"):
+            if getattr(options, name) and not (options.step_in_backward and setting.remake_weights):
+                raise ValueError(f"awm: {name}=True takes step_in_backward=True and remake_weights=True")
+        how = {name: getattr(options, name) for name in ("mask_bits", "step_in_backward", "offload", "shard")}
+        self.run = MaskRun("awm", model, clean_data, setting, **how)
         self.options = options.for_images(self.run.images)
         self.lr = self.run.varying(options.lr)
         how = {"l1": options.gamma, "capturable": True, "state_bits": options.state_bits}

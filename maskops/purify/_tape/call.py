@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ _PENDING_BYTES = 64 * 2**20
 
 Geometry = tuple[list[int], list[int], list[int], int]
 """Stride, padding, dilation and groups of a convolution."""
+
+
+class Remade(Protocol):
+    """Parameters that share memory, so that they are made anew before each use."""
+
+    def make(self, tensors: Iterable[Tensor]) -> None:
+        """Make those that are among these tensors, of a step, a function or its backward; others may then be gone."""
+
+    def lends(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory that they share."""
 
 
 class Slot(NamedTuple):
@@ -77,6 +87,7 @@ class Call:
 
     parameters: the tape's parameters as they now are, by slot; ``None`` for a bias that isn't there
     readers:    for each value, by how many steps it is read
+    remade:     those of the parameters that are made before each use; None for none
     """
 
     def __init__(
@@ -86,8 +97,10 @@ class Call:
         casts: Casts,
         readers: Sequence[int],
         bits: bool,
+        remade: Remade | None = None,
     ) -> None:
         self.plan, self.parameters, self.bits = plan, parameters, bits
+        self._remade = remade
         self._casts = casts
         self.values: list = [None] * len(readers)
         self.saved: dict[int, tuple] = {}
@@ -103,6 +116,16 @@ class Call:
         self._take: Callable[[Parameter, Tensor], None] | None = None
         self._uses: Counter[int] = Counter()
         self._complete: dict[int, Tensor] = {}
+
+    def make(self, slots: Iterable[int]) -> None:
+        """Before a step with these slots, and again before its backward."""
+        if self._remade is not None:
+            present = (self.parameters[slot] for slot in slots)
+            self._remade.make([parameter for parameter in present if parameter is not None])
+
+    def lasting(self, tensor: Tensor) -> Tensor:
+        """A value in memory that others don't overwrite."""
+        return tensor.clone() if self._remade is not None and self._remade.lends(tensor) else tensor
 
     # forward
 

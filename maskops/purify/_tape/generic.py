@@ -78,7 +78,7 @@ class Generic(Step):
             if isinstance(output, Tensor):
                 if output.requires_grad:
                     ends.append((value, get_gradient_edge(output), output.dtype))
-                output = output.detach()
+                output = call.lasting(output.detach())
             call.values[value] = output
         if wanted:
             # edges, not tensors: what the graph itself doesn't need is free

@@ -84,7 +84,7 @@ class Conv(Gated):
         residual = None if self.residual is None else call.values[self.residual]
         if call.plan.needs[self.output]:
             kept = input if call.plan.learned[self.weight] else None
-            call.saved[self.output] = kept, input.shape, weight
+            call.saved[self.output] = kept, input.shape
         mixed = residual is not None and residual.dtype != input.dtype
         bits = self.upper is not None and call.wants_bits(self.output)
         if self.upper is not None and not (mixed or bits):
@@ -104,7 +104,8 @@ class Conv(Gated):
         if grad is None:
             call.deliver(self.input, None)
             return
-        input, size, weight = saved
+        input, size = saved
+        weight = call.parameter(self.weight)
         grad = grad.to(weight.dtype)
         self._learn(call, grad, input, weight)
         if call.plan.early and self.input == 0:
@@ -259,11 +260,11 @@ class Linear(Step):
         input, weight = call.cast(call.values[self.input]), call.parameter(self.weight)
         call.put(self.output, F.linear(input, weight, call.parameter(self.bias)))
         if call.plan.needs[self.output]:
-            call.saved[self.output] = input if call.plan.learned[self.weight] else None, weight
+            call.saved[self.output] = (input if call.plan.learned[self.weight] else None,)
 
     def backward(self, call: Call) -> None:
         grad = call.take(self.output)
-        input, weight = call.saved.pop(self.output, (None, None))
+        (input,) = call.saved.pop(self.output, (None,))
         if grad is None:
             call.deliver(self.input, None)
             return
@@ -272,7 +273,7 @@ class Linear(Step):
             call.add_to_parameter(self.weight, rows.t() @ input.reshape(-1, input.shape[-1]))
         if self.bias is not None and call.plan.learned[self.bias]:
             call.add_to_parameter(self.bias, rows.sum(0))
-        call.deliver(self.input, grad @ weight if call.plan.needs[self.input] else None)
+        call.deliver(self.input, grad @ call.parameter(self.weight) if call.plan.needs[self.input] else None)
 
 
 def put_relu(call: Call, value: int, tensor: Tensor, upper: float | None) -> None:

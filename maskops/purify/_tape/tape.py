@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from maskops.purify._tape import segments
-from maskops.purify._tape.call import Call, Casts, Plan
+from maskops.purify._tape.call import Call, Casts, Plan, Remade
 from maskops.purify._tape.graph import RefusedError, draws, traced
 from maskops.purify._tape.segments import Segment
 from maskops.purify._tape.steps import Conv, plan
@@ -68,6 +68,8 @@ class Tape:
         self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
         """Takes the gradient of a parameter once it is complete and nobody needs the parameter any more; None adds it
         to the parameter's own."""
+        self.remade: Remade | None = None
+        """Asked for the parameters of each step before it runs, and again before its backward; None keeps them all."""
         self._sizes = built.sizes if recompute else None
         self._plans: dict[tuple[bool, ...], Plan] = {}
         self._segments: dict[int, list[Segment]] = {}
@@ -87,6 +89,11 @@ class Tape:
             for module, training in self._modes
         )
 
+    def uses(self) -> list[list[Tensor]]:
+        """The parameters of each step."""
+        found = [[self._slots[slot].get() for slot in step.slots] for step in self._steps]
+        return [[parameter for parameter in of_step if parameter is not None] for of_step in found]
+
     def __call__(self, images: Tensor, shared: Tensor | None = None) -> Tensor:
         """The logits of images.
 
@@ -98,14 +105,17 @@ class Tape:
         with torch.autocast(self._device, enabled=False):
             if not torch.is_grad_enabled() or not (images.requires_grad or needs_shared or any(learned)):
                 with torch.no_grad():
-                    return self._forward(Call(self._nothing, parameters, self._casts, self._readers, False), images)
+                    return self._forward(self._call(self._nothing, parameters, False), images)
             plan = self._plan(images.requires_grad, needs_shared, learned)
-            call = Call(plan, parameters, self._casts, self._readers, self._bits)
+            call = self._call(plan, parameters, self._bits)
             if self.on_gradient is not None:
                 used = [step.slots for step in self._steps if any(plan.needs[value] for value in step.writes)]
                 call.expect(self.on_gradient, chain.from_iterable(used))
             watched = {id(p): p for p, is_learned in zip(parameters, learned, strict=True) if is_learned}
             return _Taped.apply(self, call, images, shared, *watched.values())
+
+    def _call(self, plan: Plan, parameters: list[Tensor | None], bits: bool) -> Call:
+        return Call(plan, parameters, self._casts, self._readers, bits, self.remade)
 
     def _plan(self, needs_images: bool, needs_shared: bool, learned: list[bool]) -> Plan:
         key = needs_images, needs_shared, *learned
@@ -149,6 +159,7 @@ class Tape:
                 self._run_again(segment, call, call.inputs.pop(number))
             for step in reversed(segment.steps):
                 if any(plan.needs[value] for value in step.writes):
+                    call.make(step.slots)
                     step.backward(call)
                     call.hand_over(step.slots)
         call.flush()
@@ -166,6 +177,7 @@ class Tape:
 
 def _run(segment: Segment, call: Call) -> None:
     for step in segment.steps:
+        call.make(step.slots)
         step.forward(call)
         for value in step.frees:
             call.values[value] = None
