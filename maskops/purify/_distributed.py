@@ -87,6 +87,7 @@ class Team:
     def adding(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to sum a contiguous tensor over the processes, in place; what is returned waits for the sum."""
         return lambda: None
+
     def gather(self, whole: Tensor) -> None:
         """Fill a flat tensor, of which each process has written its own of as many equal parts, from the others."""
 
@@ -158,6 +159,7 @@ class _Processes(Team):
                 work.wait()
 
         return wait
+
     @torch.no_grad()
     def gather(self, whole: Tensor) -> None:
         data = whole.view(torch.uint8)  # which every backend takes
