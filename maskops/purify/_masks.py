@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
@@ -24,11 +23,10 @@ from maskops.purify._depth import depths
 from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._losses import Branch, Losses
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 from maskops.purify._working import WorkingModel, shared_copy
-
-Branch = tuple[float, Tensor, Tensor]
 
 
 class MaskRun(Run):
@@ -82,7 +80,7 @@ class MaskRun(Run):
             reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
             raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
         self._perturbing = False
-        self._shares_of: dict[tuple, Tensor] = {}
+        self.losses = Losses(self.team, self.logits, self._mixes_batches)
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
@@ -134,13 +132,6 @@ class MaskRun(Run):
         if not self._perturbing:
             self._drop_noise()
         return self.model(images, trigger)
-
-    def cross_entropy(self, images: Tensor, *labels: Tensor, trigger: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The mean cross entropy of a batch's logits with each of the labels: what this process's rows add to it."""
-        part = self.team.part(len(images))
-        with self.team.whole_batch(part):
-            logits = self.logits(part.of(images), trigger)
-        return tuple(part.scaled(F.cross_entropy(logits, part.of(each))) for each in labels)
 
     def add_gradients(self, *arenas: MaskArena) -> None:
         """Sum the gradients in these arenas, and of tuned biases, over the processes."""
@@ -220,7 +211,7 @@ class MaskRun(Run):
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
         with self.perturbed(learn_biases=True):
-            self.cross_entropy(images, labels)[0].backward()
+            self.losses.descend((1.0, images, labels))
         self.add_gradients(*self._noisy())
         for arena in self._noisy():
             arena.ascend_noise(step_size, bound)
@@ -256,55 +247,20 @@ class MaskRun(Run):
                 shift.requires_grad_(learning)
 
     def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
-        """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.
+        """:meth:`Losses.descend`, with the gradients of all processes in the arena.
 
-        Gradients are those of the rows of all processes, cross entropies what this one's add.
-
-        branches:  (factor, images, labels) each
-        together:  run them as one batch, which takes fewer, larger launches and twice the activations; not done where a
-                   batch norm computes with the statistics of its batch
         perturbed: one more branch, at the perturbed weights
-        returns:   the cross entropies, detached
         """
-        if together and not self._mixes_batches:
-            losses = self._descend_together(branches)
-            self.add_gradients(self.arena)
-            return losses
-        losses = [self._descend(*branch) for branch in branches]
+        losses = self.losses.descend(*branches, together=together)
         if perturbed is not None:
             with self.perturbed():
-                losses.append(self._descend(*perturbed))
+                losses += self.losses.descend(perturbed)
             if (
                 self._shifts is not None
             ):  # in the step itself, so that replays do it too; the mask step does the weights
                 self._shifts.refresh()
         self.add_gradients(self.arena)
         return losses
-
-    def _descend_together(self, branches: Sequence[Branch]) -> list[Tensor]:
-        parts = [self.team.part(len(images)) for _, images, _ in branches]
-        own = [
-            (factor * p.share, p.of(images), p.of(labels))
-            for p, (factor, images, labels) in zip(parts, branches, strict=True)
-        ]
-        factors, images, labels = zip(*own, strict=True)
-        of_each_image = F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels), reduction="none")
-        sizes = tuple(map(len, images))
-        of_each_image.backward(self._shares(factors, sizes))
-        of_branches = of_each_image.detach().split(sizes)
-        return [part.scaled(each.mean()) for part, each in zip(parts, of_branches, strict=True)]
-
-    def _shares(self, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
-        """What each image's cross entropy counts in ``sum(factor * mean over the branch)``."""
-        if (factors, sizes) not in self._shares_of:
-            shares = [factor / size for factor, size in zip(factors, sizes, strict=True) for _ in range(size)]
-            self._shares_of[factors, sizes] = torch.tensor(shares, dtype=self.images.dtype, device=self.device)
-        return self._shares_of[factors, sizes]
-
-    def _descend(self, factor: float, images: Tensor, labels: Tensor) -> Tensor:
-        (loss,) = self.cross_entropy(images, labels)
-        (factor * loss).backward()
-        return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
         changed = {"mask": self.arena.mask} | {f"bias {name}": bias for name, bias in self.biases.items()}

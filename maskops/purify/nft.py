@@ -184,10 +184,7 @@ class NFT(Algorithm):
             run.report(self.on_epoch, epoch, run.model)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        mixed = _augmented(self.run, batch, self.options)
-        own, other = self.run.cross_entropy(mixed.images, mixed.labels, mixed.other_labels)
-        loss = mixed.weight * own + (1 - mixed.weight) * other
-        loss.backward()
+        loss = self.run.losses.descend_mixed(_augmented(self.run, batch, self.options))
         self.run.add_gradients(self.run.arena)
         for optimizer in self.optimizers:
             optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step

@@ -1,0 +1,95 @@
+"""The losses of a run on batches of images, and what their gradients add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskops.augment import Mixed
+from maskops.purify._distributed import Part, Team
+
+Branch = tuple[float, Tensor, Tensor]
+"""A factor, images and labels: a summand of a loss."""
+
+
+class Losses:
+    """Cross entropies of a model on batches, and their gradients: what this process's rows add to those of a batch.
+
+    team:   the processes of the run
+    logits: of images, plus a trigger unless that is None
+    mixes:  whether the model computes with the statistics of its batch, which must then stay in one piece
+    """
+
+    def __init__(self, team: Team, logits: Callable[[Tensor, Tensor | None], Tensor], mixes: bool) -> None:
+        self._team, self._logits, self._mixes = team, logits, mixes
+        self._weights_of: dict[tuple[tuple[float, ...], tuple[int, ...]], Tensor] = {}
+
+    def descend(self, *branches: Branch, together: bool = False) -> list[Tensor]:
+        """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to what is learned.
+
+        together: run them as one batch, which takes fewer, larger launches and twice the activations; not done where
+                  the model computes with the statistics of its batch
+        returns:  the cross entropies, detached
+        """
+        groups = [branches] if together and not self._mixes else [(branch,) for branch in branches]
+        return [loss for group in groups for loss in self._descend(*group)]
+
+    def _descend(self, *branches: Branch) -> list[Tensor]:
+        parts = [self._team.part(len(images)) for _, images, _ in branches]
+        own = [
+            (factor * part.share, part.of(images), part.of(labels))
+            for part, (factor, images, labels) in zip(parts, branches, strict=True)
+        ]
+        factors, images, labels = zip(*own, strict=True)
+        sizes = tuple(map(len, images))
+        images, labels = _joined(images), _joined(labels)
+
+        def loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels, reduction="none")
+
+        of_branches = self._add(images, loss, self._weights(images, factors, sizes), parts[0]).split(sizes)
+        return [part.scaled(each.mean()) for part, each in zip(parts, of_branches, strict=True)]
+
+    def descend_mixed(self, mixed: Mixed) -> Tensor:
+        """Add the gradient of the loss of mixed images to what is learned; returns the loss, detached."""
+        part = self._team.part(len(mixed.images))
+        images, *targets = (part.of(each) for each in (mixed.images, mixed.labels, mixed.other_labels))
+
+        def loss(logits: Tensor) -> Tensor:
+            own, other = (F.cross_entropy(logits, labels, reduction="none") for labels in targets)
+            return mixed.weight * own + (1 - mixed.weight) * other
+
+        weights = self._weights(images, (part.share,), (len(images),))
+        return part.scaled(self._add(images, loss, weights, part).mean())
+
+    def trigger_gradient(self, images: Tensor, labels: Tensor, trigger: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropy of images with the trigger, detached, and its gradient by the trigger."""
+        part = self._team.part(len(images))
+        images, labels = part.of(images), part.of(labels)
+        with self._team.whole_batch(part):
+            of_each_image = F.cross_entropy(self._logits(images, trigger), labels, reduction="none")
+        weights = self._weights(images, (part.share,), (len(images),))
+        (gradient,) = torch.autograd.grad(of_each_image, trigger, weights)
+        return part.scaled(of_each_image.detach().mean()), gradient
+
+    def _add(self, images: Tensor, loss: Callable[[Tensor], Tensor], weights: Tensor, part: Part) -> Tensor:
+        """Add the gradient of a weighted sum of the images' losses to what is learned; returns these losses."""
+        with self._team.whole_batch(part):
+            of_each_image = loss(self._logits(images, None))
+        of_each_image.backward(weights)
+        return of_each_image.detach()
+
+    def _weights(self, images: Tensor, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
+        """What each image's loss counts in ``sum(factor * mean over the branch)``."""
+        key = factors, sizes
+        if key not in self._weights_of:
+            weights = [factor / size for factor, size in zip(*key, strict=True) for _ in range(size)]
+            self._weights_of[key] = torch.tensor(weights, dtype=images.dtype, device=images.device)
+        return self._weights_of[key]
+
+
+def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
