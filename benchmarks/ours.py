@@ -134,10 +134,10 @@ class MaskopsANP(_Neurons):
     def _step_of_injected_draws(self, index: Tensor) -> None:
         run, draws, options = self.run, self.problem.draws, self.algorithm.options
         images, labels = run.sample(Batch(index))
-        run.draw_noise(options.epsilon)
+        run.noise.draw(options.epsilon)
         self._set_noise(draws.noise)
         run.ascend_noise(images, labels, options.epsilon, None)
-        of_masks, of_biases = (_views(arena.noise, arena.masks) for arena in run._noisy())
+        of_masks, of_biases = (_views(arena.noise, arena.masks) for arena in run.noise.arenas)
         for name in of_masks:
             self.signs |= signs(name, (of_masks[name], of_biases[name]), draws)
         self._set_noise(draws.moved)
@@ -145,7 +145,7 @@ class MaskopsANP(_Neurons):
         self.algorithm.masks.step()
 
     def _set_noise(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        for place, arena in enumerate(self.run._noisy()):
+        for place, arena in enumerate(self.run.noise.arenas):
             for name, noise in _views(arena.noise, arena.masks).items():
                 noise.copy_(values[name][place])
 

@@ -24,6 +24,7 @@ from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._losses import Branch, Losses
+from maskops.purify._noise import Biases, Noise
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 from maskops.purify._working import WorkingModel, shared_copy
@@ -66,10 +67,13 @@ class MaskRun(Run):
             mask_(self._masked, setting.granularity, setting.include, exclude, layers)
             self._track_statistics = batch_statistics and track_statistics
             self._prepare(network, setting, fold=not batch_statistics and biases is None)
-            self._prepare_biases(biases)
+            of_biases = Biases(self._working, biases)
+            self.biases, self._bias_owners = of_biases.tuned, of_biases.owners
+            self.noise = Noise(self.arena, of_biases.shifts, self.noise_generator)
+            self._learn(True)
             self.check_labels(self.model)
         self.model.train(batch_statistics)
-        learned = [value for arena in self._noisy() for value in arena.effective_weights.values()]
+        learned = [value for arena in self.noise.arenas for value in arena.effective_weights.values()]
         changing = [*learned, *self.biases.values()]
         self.model.make_tape(self.images[:2], changing, setting.gate, setting.recompute)
         # in eval mode too, such a norm computes with the statistics of its batch
@@ -79,7 +83,6 @@ class MaskRun(Run):
         if setting.recompute and (self._mixes_batches or self.model.tape_reason):
             reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
             raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
-        self._perturbing = False
         self.losses = Losses(self.team, self.logits, self._mixes_batches)
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
@@ -94,7 +97,6 @@ class MaskRun(Run):
         owner_of = {id(layer.weight): name for name, layer in reversed(layers.items())}
         self._owners = {name: owner_of[id(layer.weight)] for name, layer in layers.items()}
         self._fixed: set[str] = set()
-        self.biases: dict[str, Parameter] = {}
         self._working = {name: self.model.network.get_submodule(name) for name in layers}
         weights = {name: self._working[name].weight for name in reversed(owner_of.values())}
         learned = {name: getattr(layers[name], layers[name].mask_name) for name in weights}
@@ -108,29 +110,10 @@ class MaskRun(Run):
         _set_masks(self._masked, self._owners, self.arena.masks)
         for name, owner in self._owners.items():
             self._working[name].weight = self.arena.effective_weights[owner]
-        self._learn(True)
-
-    def _prepare_biases(self, biases: str | None) -> None:
-        with_bias = {name: layer for name, layer in self._working.items() if layer.bias is not None}
-        # layers that share a bias share what happens to it
-        owner_of = {id(layer.bias): name for name, layer in reversed(with_bias.items())}
-        owners = {name: owner_of[id(layer.bias)] for name, layer in with_bias.items()}
-        originals = {name: with_bias[name].bias for name in dict.fromkeys(owners.values())}
-        self._shifts: MaskArena | None = None
-        if biases == "noise" and originals:
-            self._shifts = MaskArena(originals, {name: torch.ones_like(bias) for name, bias in originals.items()})
-            for name, owner in owners.items():
-                with_bias[name].bias = self._shifts.effective_weights[owner].requires_grad_(False)
-        elif biases == "tune":
-            self.biases = {name: Parameter(bias.detach().clone()) for name, bias in originals.items()}
-            for name, owner in owners.items():
-                with_bias[name].bias = self.biases[owner]
-        self._bias_owners = owners
 
     def logits(self, images: Tensor, trigger: Tensor | None = None) -> Tensor:
         """The working model's logits of images in pixel space, plus a trigger."""
-        if not self._perturbing:
-            self._drop_noise()
+        self.noise.drop()
         return self.model(images, trigger)
 
     def add_gradients(self, *arenas: MaskArena) -> None:
@@ -203,48 +186,17 @@ class MaskRun(Run):
 
         self.model.hand_over_gradients(step)
 
-    def draw_noise(self, bound: float) -> None:
-        """Noise on the masks, and on the biases of a run with noise on them, uniform in [-bound, bound]."""
-        for arena in self._noisy():
-            arena.draw_noise(bound, self.noise_generator)
-
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
-        with self.perturbed(learn_biases=True):
+        with self.noise.perturbed(learn_biases=True):
             self.losses.descend((1.0, images, labels))
-        self.add_gradients(*self._noisy())
-        for arena in self._noisy():
-            arena.ascend_noise(step_size, bound)
-
-    @contextmanager
-    def perturbed(self, learn_biases: bool = False) -> Iterator[None]:
-        """Within, the layers compute with ``(m + δ) ⊙ θ`` and, in a run with noise on biases, ``(1 + ξ) ⊙ b``."""
-        for arena in self._noisy():
-            arena.perturb()
-        self._perturbing = True
-        self._learn_shifts(learn_biases)
-        try:
-            yield
-        finally:
-            self._learn_shifts(False)
-            self._perturbing = False
+        self.add_gradients(*self.noise.arenas)
+        self.noise.ascend(step_size, bound)
 
     def report(self, on_epoch: OnEpoch | None, epoch: int, model: nn.Module) -> None:
-        self._drop_noise()
+        self.noise.drop()
         with self.frozen_masks():  # no backward of a measurement reaches what is learned
             super().report(on_epoch, epoch, model)
-
-    def _drop_noise(self) -> None:
-        for arena in self._noisy():
-            arena.refresh_if_perturbed()
-
-    def _noisy(self) -> list[MaskArena]:
-        return [self.arena] if self._shifts is None else [self.arena, self._shifts]
-
-    def _learn_shifts(self, learning: bool) -> None:
-        if self._shifts is not None:
-            for shift in self._shifts.effective_weights.values():
-                shift.requires_grad_(learning)
 
     def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
         """:meth:`Losses.descend`, with the gradients of all processes in the arena.
@@ -253,12 +205,8 @@ class MaskRun(Run):
         """
         losses = self.losses.descend(*branches, together=together)
         if perturbed is not None:
-            with self.perturbed():
+            with self.noise.perturbed():
                 losses += self.losses.descend(perturbed)
-            if (
-                self._shifts is not None
-            ):  # in the step itself, so that replays do it too; the mask step does the weights
-                self._shifts.refresh()
         self.add_gradients(self.arena)
         return losses
 

@@ -159,7 +159,7 @@ class ANP(Algorithm):
         run, options = self.run, self.options
         bound = options.epsilon if options.project else None
         images, labels = run.sample(batch)
-        run.draw_noise(options.epsilon)  # line 5
+        run.noise.draw(options.epsilon)  # line 5
         for _ in range(options.noise_steps):
             run.ascend_noise(images, labels, options.epsilon / options.noise_steps, bound)  # lines 6 to 9
         clean, perturbed = (options.alpha, images, labels), (1 - options.alpha, images, labels)

@@ -121,7 +121,7 @@ class SWM(Algorithm):
     def step(self, batch: Batch) -> dict[str, Tensor]:
         run, epsilon = self.run, self.options.epsilon
         images, labels = run.sample(batch)
-        run.draw_noise(epsilon)
+        run.noise.draw(epsilon)
         for _ in range(self.options.noise_steps):
             run.ascend_noise(images, labels, epsilon / self.options.noise_steps, epsilon)
         clean, perturbed = (self.options.alpha, images, labels), (self.beta, images, labels)
