@@ -25,8 +25,8 @@ from maskops.purify._loop import plain_options
 from maskops.purify._masks import MaskRun
 from maskops.purify._phase import Phase
 
-_ELSEWHERE = {"progress", "graphs"}
-"""Settings that may differ in the process that goes on, as may which GPU it is."""
+_ELSEWHERE = {"progress", "graphs", "gate", "recompute", "micro_batch_size"}
+"""Settings that may differ in the process that goes on, as may which GPU it is: they change memory, or what is seen."""
 
 _NOTES = {"phases": int, "options": dict, "now": dict, "history": dict, "seconds": dict}
 """What a checkpoint says beside its tensors."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from maskops.augment import Mixed
 from maskops.purify._distributed import Part, Team
+from maskops.purify._parts import Parts
 
 Branch = tuple[float, Tensor, Tensor]
 """A factor, images and labels: a summand of a loss."""
@@ -18,24 +21,49 @@ Branch = tuple[float, Tensor, Tensor]
 class Losses:
     """Cross entropies of a model on batches, and their gradients: what this process's rows add to those of a batch.
 
-    team:   the processes of the run
-    logits: of images, plus a trigger unless that is None
-    mixes:  whether the model computes with the statistics of its batch, which must then stay in one piece
+    A batch goes through the model in parts, whose gradients add up; a call in which memory runs out begins anew.
+
+    team:      the processes of the run
+    parts:     of batches
+    logits:    of images, plus a trigger unless that is None
+    perturbed: within this context they are those of the perturbed model
+    clear:     makes the gradients of what is learned zero, as they are before each call
+    mixes:     whether the model computes with the statistics of its batch
     """
 
-    def __init__(self, team: Team, logits: Callable[[Tensor, Tensor | None], Tensor], mixes: bool) -> None:
-        self._team, self._logits, self._mixes = team, logits, mixes
+    def __init__(
+        self,
+        team: Team,
+        parts: Parts,
+        logits: Callable[[Tensor, Tensor | None], Tensor],
+        perturbed: Callable[[], AbstractContextManager[object]],
+        clear: Callable[[], None],
+        mixes: bool,
+    ) -> None:
+        self._team, self._parts, self._logits = team, parts, logits
+        self._perturbed, self._clear, self._mixes = perturbed, clear, mixes
         self._weights_of: dict[tuple[tuple[float, ...], tuple[int, ...]], Tensor] = {}
 
-    def descend(self, *branches: Branch, together: bool = False) -> list[Tensor]:
+    def descend(
+        self, *branches: Branch, together: Callable[[], bool] = lambda: False, perturbed: Branch | None = None
+    ) -> list[Tensor]:
         """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to what is learned.
 
-        together: run them as one batch, which takes fewer, larger launches and twice the activations; not done where
-                  the model computes with the statistics of its batch
-        returns:  the cross entropies, detached
+        together:  whether to run them as one batch, which takes fewer, larger launches and twice the activations; not
+                   done where the model computes with the statistics of its batch
+        perturbed: one more branch, at the perturbed weights
+        returns:   the cross entropies, detached
         """
-        groups = [branches] if together and not self._mixes else [(branch,) for branch in branches]
-        return [loss for group in groups for loss in self._descend(*group)]
+
+        def compute() -> list[Tensor]:
+            groups = [branches] if together() and not self._mixes else [(branch,) for branch in branches]
+            losses = [loss for group in groups for loss in self._descend(*group)]
+            if perturbed is not None:
+                with self._perturbed():
+                    losses += self._descend(perturbed)
+            return losses
+
+        return self._parts.attempt(compute, self._clear)
 
     def _descend(self, *branches: Branch) -> list[Tensor]:
         parts = [self._team.part(len(images)) for _, images, _ in branches]
@@ -47,8 +75,8 @@ class Losses:
         sizes = tuple(map(len, images))
         images, labels = _joined(images), _joined(labels)
 
-        def loss(logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits, labels, reduction="none")
+        def loss(logits: Tensor, rows: slice) -> Tensor:
+            return F.cross_entropy(logits, labels[rows], reduction="none")
 
         of_branches = self._add(images, loss, self._weights(images, factors, sizes), parts[0]).split(sizes)
         return [part.scaled(each.mean()) for part, each in zip(parts, of_branches, strict=True)]
@@ -58,29 +86,42 @@ class Losses:
         part = self._team.part(len(mixed.images))
         images, *targets = (part.of(each) for each in (mixed.images, mixed.labels, mixed.other_labels))
 
-        def loss(logits: Tensor) -> Tensor:
-            own, other = (F.cross_entropy(logits, labels, reduction="none") for labels in targets)
+        def loss(logits: Tensor, rows: slice) -> Tensor:
+            own, other = (F.cross_entropy(logits, labels[rows], reduction="none") for labels in targets)
             return mixed.weight * own + (1 - mixed.weight) * other
 
         weights = self._weights(images, (part.share,), (len(images),))
-        return part.scaled(self._add(images, loss, weights, part).mean())
+        of_each_image = self._parts.attempt(lambda: self._add(images, loss, weights, part), self._clear)
+        return part.scaled(of_each_image.mean())
 
     def trigger_gradient(self, images: Tensor, labels: Tensor, trigger: Tensor) -> tuple[Tensor, Tensor]:
         """The cross entropy of images with the trigger, detached, and its gradient by the trigger."""
         part = self._team.part(len(images))
         images, labels = part.of(images), part.of(labels)
-        with self._team.whole_batch(part):
-            of_each_image = F.cross_entropy(self._logits(images, trigger), labels, reduction="none")
         weights = self._weights(images, (part.share,), (len(images),))
-        (gradient,) = torch.autograd.grad(of_each_image, trigger, weights)
-        return part.scaled(of_each_image.detach().mean()), gradient
 
-    def _add(self, images: Tensor, loss: Callable[[Tensor], Tensor], weights: Tensor, part: Part) -> Tensor:
+        def compute() -> tuple[Tensor, Tensor]:
+            losses, gradients = [], []
+            for rows in self._parts.of(len(images)):
+                with self._team.whole_batch(part):
+                    logits = self._logits(images[rows], trigger)
+                of_each_image = F.cross_entropy(logits, labels[rows], reduction="none")
+                gradients += torch.autograd.grad(of_each_image, trigger, weights[rows])
+                losses.append(of_each_image.detach())
+            return part.scaled(_joined(losses).mean()), reduce(torch.add, gradients)
+
+        return self._parts.attempt(compute, lambda: None)
+
+    def _add(self, images: Tensor, loss: Callable[[Tensor, slice], Tensor], weights: Tensor, part: Part) -> Tensor:
         """Add the gradient of a weighted sum of the images' losses to what is learned; returns these losses."""
-        with self._team.whole_batch(part):
-            of_each_image = loss(self._logits(images, None))
-        of_each_image.backward(weights)
-        return of_each_image.detach()
+        losses = []
+        for rows in self._parts.of(len(images)):
+            with self._team.whole_batch(part):
+                logits = self._logits(images[rows], None)
+            of_each_image = loss(logits, rows)
+            of_each_image.backward(weights[rows])
+            losses.append(of_each_image.detach())
+        return _joined(losses)
 
     def _weights(self, images: Tensor, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
         """What each image's loss counts in ``sum(factor * mean over the branch)``."""
@@ -91,5 +132,5 @@ class Losses:
         return self._weights_of[key]
 
 
-def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

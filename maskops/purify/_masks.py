@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification, Run
 from maskops.purify._losses import Branch, Losses
 from maskops.purify._noise import Biases, Noise
+from maskops.purify._parts import Parts, Shrink, Step
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 from maskops.purify._working import WorkingModel, shared_copy
@@ -80,10 +81,15 @@ class MaskRun(Run):
         self._mixes_batches = batch_statistics or any(
             isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
         )
-        if setting.recompute and (self._mixes_batches or self.model.tape_reason):
-            reason = "it computes with the statistics of its batches" if self._mixes_batches else self.model.tape_reason
-            raise ValueError(f"{method}: recompute=True can't be done for this model: {reason}")
-        self.losses = Losses(self.team, self.logits, self._mixes_batches)
+        mixes = "it computes with the statistics of its batches" if self._mixes_batches else None
+        for option, reason in (("recompute", mixes or self.model.tape_reason), ("micro_batch_size", mixes)):
+            if getattr(setting, option) and reason is not None:
+                value = getattr(setting, option)
+                raise ValueError(f"{method}: {option}={value} can't be done for this model: {reason}")
+        self.parts = Parts(method, setting.micro_batch_size, self.lane)
+        self.parts.whole = self._mixes_batches
+        how = self.noise.perturbed, self._clear_gradients, self._mixes_batches
+        self.losses = Losses(self.team, self.parts, self.logits, *how)
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
@@ -123,6 +129,20 @@ class MaskRun(Run):
                 self.team.add(arena.grad)
         self.team.add(*(bias.grad for bias in self.biases.values() if bias.grad is not None))
 
+    def _clear_gradients(self) -> None:
+        for arena in self.noise.arenas:
+            arena.zero_grad()
+        for bias in self.biases.values():
+            if bias.grad is not None:
+                bias.grad.zero_()
+
+    def steps(
+        self, name: str, step: Step, count: int, batch_size: int, *, shrink: Shrink | None = None, **how: Any
+    ) -> Phase:
+        """As for :class:`Run`; ``shrink`` is another way to need less memory than smaller parts of batches."""
+        how |= self.parts.shrinking(name, step, shrink)
+        return super().steps(name, count=count, batch_size=batch_size, **how)
+
     def predictions(self, into: Tensor, batch_size: int) -> Phase:
         """A phase that writes the class that the working model gives each clean image, (N,)."""
         count = len(self.images)
@@ -134,12 +154,18 @@ class MaskRun(Run):
         def predict(batch: Batch) -> dict[str, Tensor]:
             part = self.team.part(size)
             own = part.of(batch.index)
-            with self.team.whole_batch(part):
-                into.index_copy_(0, own, self.logits(self.images.at(own)).argmax(1))
+
+            def compute() -> None:
+                for rows in self.parts.of(len(own)):
+                    with self.team.whole_batch(part):
+                        into.index_copy_(0, own[rows], self.logits(self.images.at(own[rows])).argmax(1))
+
+            self.parts.attempt(compute, lambda: None)
             return {}
 
         how = {"before": into.zero_, "after": partial(self.team.most, into)} if self.team.size > 1 else {}
-        return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager, **how)
+        how |= {"draw": lambda: {"index": index}, "lane": self.lane, "why_eager": self._why_eager}
+        return Phase("predictions", **self.parts.shrinking("predictions", predict), **how)
 
     def new_trigger(self) -> Tensor:
         return torch.zeros_like(self.images[:1]).requires_grad_()
@@ -177,6 +203,9 @@ class MaskRun(Run):
             reason = "its masks are of another granularity than 'weight'"
         if reason is not None:
             raise ValueError(f"{self.method}: step_in_backward=True can't be done for this model: {reason}")
+        if self.setting.micro_batch_size is not None:
+            raise ValueError(f"{self.method}: step_in_backward=True takes one backward: micro_batch_size=None")
+        self.parts.whole = True
         self.arena.drop_grad()
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
 
@@ -198,15 +227,11 @@ class MaskRun(Run):
         with self.frozen_masks():  # no backward of a measurement reaches what is learned
             super().report(on_epoch, epoch, model)
 
-    def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
-        """:meth:`Losses.descend`, with the gradients of all processes in the arena.
-
-        perturbed: one more branch, at the perturbed weights
-        """
-        losses = self.losses.descend(*branches, together=together)
-        if perturbed is not None:
-            with self.noise.perturbed():
-                losses += self.losses.descend(perturbed)
+    def descend(
+        self, *branches: Branch, together: Callable[[], bool] = lambda: False, perturbed: Branch | None = None
+    ) -> list[Tensor]:
+        """:meth:`Losses.descend`, with the gradients of all processes in the arena."""
+        losses = self.losses.descend(*branches, together=together, perturbed=perturbed)
         self.add_gradients(self.arena)
         return losses
 
@@ -231,6 +256,7 @@ class MaskRun(Run):
         """How many images the model classifies rightly, in eval mode and with these masks in place of the learned."""
         learned = self.arena.mask.clone()
         self._fill(masks)
+        batch_size = min(batch_size, self.setting.micro_batch_size or batch_size)
         parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         with eval_mode(self.model), self.seeded_layers():
             hits = sum((self.logits(part).argmax(1) == label).sum() for part, label in parts)

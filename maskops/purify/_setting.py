@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from maskops.nn import GRANULARITIES
-from maskops.purify._options import Auto, choice, number
+from maskops.purify._options import Auto, choice, number, optional
 
 LAYERS, NOISE = 1 << 20, 1 << 21
 """Added to the seed for what layers draw, and for noise: streams of their own."""
@@ -68,6 +68,9 @@ class MaskSetting(Setting):
     recompute:   keep only what lies between a few segments of the network, and run each once more for its backward:
                  less memory for up to a forward's time more, and the same result; for networks that a tape can run, in
                  eval mode
+    micro_batch_size: compute the batch of a step in parts of at most so many images, whose gradients add up: less
+                 memory and the same result but for rounding, for networks that treat images one by one; None for whole
+                 batches until memory runs out, and then halves, quarters and so on
     weight_dtype: torch.bfloat16 keeps θ in 16 bits: exact only if they are numbers of that kind; None as they are.
                  Masks are float32 then
     folded:      return plain layers with the masks folded in; otherwise masked layers
@@ -79,6 +82,7 @@ class MaskSetting(Setting):
     granularity: str = "weight"
     gate: str = "auto"
     recompute: bool = False
+    micro_batch_size: int | None = None
     weight_dtype: torch.dtype | None = None
     folded: bool = True
 
@@ -86,6 +90,7 @@ class MaskSetting(Setting):
         super().__post_init__()
         choice("purify", self, "granularity", GRANULARITIES)
         choice("purify", self, "gate", ("auto", "output", "bits"))
+        optional("purify", self, "micro_batch_size", int, 1)
         choice("purify", self, "weight_dtype", (None, torch.bfloat16))
         for name in ("recompute", "folded"):
             choice("purify", self, name, (True, False))

@@ -18,7 +18,6 @@ from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch
 from maskops.purify._images import CleanImages
 from maskops.purify._loop import OnEpoch, Purification
-from maskops.purify._losses import Branch
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number
 from maskops.purify._phase import Phase
@@ -236,20 +235,12 @@ class AWM(Algorithm):
         perturbed = (clean + trigger).clamp(0, 1) if options.clamp else clean + trigger
         # line 11; the gradient of γ‖m‖₁ is part of the mask step
         branches = (options.alpha, clean, labels), (options.beta, perturbed, labels)
-        clean_loss, perturbed_loss = self.descend(*branches)
+        clean_loss, perturbed_loss = self.run.descend(*branches, together=self.together)
         self.masks.step()  # lines 12, 13
         return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
 
-    def descend(self, *branches: Branch) -> list[Tensor]:
-        try:
-            return self.run.descend(*branches, together=self.options.branches != "sequential")
-        except torch.OutOfMemoryError:
-            # a step that is being recorded would keep what it began
-            recording = self.trigger.is_cuda and torch.cuda.is_current_stream_capturing()
-            if recording or not self.part():
-                raise
-        self.masks.zero_grad()
-        return self.run.descend(*branches)
+    def together(self) -> bool:
+        return self.options.branches != "sequential"
 
     def part(self) -> bool:
         """Run the branches one after the other from now on; returns whether that is a change, and ours to make."""

@@ -232,7 +232,17 @@ def _augmented(run: MaskRun, batch: Batch, options: NFTOptions) -> augment.Mixed
         return augment.Mixed(blend(images, batch.partners, weight), labels, other_labels, weight)
     if options.augmentation == "adversarial":
         with run.frozen_masks():
-            images = augment.adversarial(run.logits, images, labels, run.generator)
+            images = _adversarial(run, images, labels)
     elif options.augmentation != "none":
         images = getattr(augment, options.augmentation)(images, run.generator)
     return augment.Mixed(images, labels, labels, 1.0)
+
+
+def _adversarial(run: MaskRun, images: Tensor, labels: Tensor) -> Tensor:
+    start = run.generator.get_state()
+
+    def compute() -> list[Tensor]:
+        parts = [(images[rows], labels[rows]) for rows in run.parts.of(len(images))]
+        return [augment.adversarial(run.logits, *part, run.generator) for part in parts]
+
+    return torch.cat(run.parts.attempt(compute, lambda: run.generator.set_state(start)))
