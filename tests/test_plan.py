@@ -10,7 +10,7 @@ from benchmarks.counting import count
 from maskops import models
 from maskops.cli import main
 from maskops.purify import plan
-from maskops.purify._plan import _first_epoch, _one_step
+from maskops.purify._plan import _first_epoch, _one_step, plans
 from maskops.purify._sweep import ALGORITHMS
 
 ALL = {"layers": ("conv", "linear")}
@@ -76,13 +76,40 @@ def deep():
 
 
 def test_a_limit_chooses_what_saves_enough_and_changes_least():
-    about = {"shape": (3, 16, 16), "classes": 4, "batch_size": 32}
+    about = {"shape": (3, 16, 16), "classes": 4, "batch_size": 8}
     free = plan(deep(), **about)
     found = plan(deep(), memory=0.75 * free.peak, **about)
     assert found.fits and found.peak <= 0.75 * free.peak
     assert "dtype" not in found.options and found.options["branches"] == "sequential"
     least = plan(deep(), memory=1, **about)
-    assert not least.fits and least.options["batch_size"] == 8 and least.peak < found.peak
+    assert not least.fits and least.options["micro_batch_size"] == 1 and least.peak < found.peak
+    assert least.options["batch_size"] == 8
+
+
+def test_parts_come_before_what_changes_the_result_and_are_as_large_as_can_be():
+    kept = {"weight_dtype": None, "dtype": None, "gate": "bits", "branches": "sequential", "recompute": True}
+    about = {"shape": (3, 32, 32), "classes": 4, "batch_size": 4, **kept}
+    smallest = plan(deep(), micro_batch_size=1, **about)
+    memory = smallest.peak - 4 * smallest.parameters
+    exact, rounded = plans(deep(), "awm", [smallest.peak, memory], **about)
+    assert exact.fits and exact.options["micro_batch_size"] == 1 and "state_bits" not in exact.options
+    assert rounded.fits and rounded.options["state_bits"] == 8
+    larger = {**rounded.options, "micro_batch_size": 2 * rounded.options["micro_batch_size"]}
+    assert plan(deep(), **{**about, **larger}).peak > memory
+
+
+def test_a_batch_that_must_stay_whole_is_made_smaller():
+    about = {"shape": (3, 16, 16), "classes": 4, "batch_size": 32}
+    options = plan(deep(), "nft", memory=1, **about).options
+    assert options["batch_size"] == 8 and "micro_batch_size" not in options and "recompute" not in options
+
+
+@pytest.mark.parametrize(("images", "batch"), [(500, 128), (100, 80), (3, 2)])
+def test_a_plan_with_held_out_images_measures_the_batch_of_the_run(images, batch):
+    about = {"shape": (3, 16, 16), "classes": 4}
+    found = plan(deep(), "anp", threshold="auto", images=images, **about)
+    assert found.phases == plan(deep(), "anp", threshold=0.2, images=batch, **about).phases
+    assert found.kept["images"] >= images * 3 * 16 * 16
 
 
 def test_what_was_given_is_never_changed():

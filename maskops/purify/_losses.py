@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import reduce
 
@@ -101,27 +101,27 @@ class Losses:
         weights = self._weights(images, (part.share,), (len(images),))
 
         def compute() -> tuple[Tensor, Tensor]:
-            losses, gradients = [], []
+            losses, gradients = torch.empty_like(weights), []
             for rows in self._parts.of(len(images)):
                 with self._team.whole_batch(part):
                     logits = self._logits(images[rows], trigger)
                 of_each_image = F.cross_entropy(logits, labels[rows], reduction="none")
                 gradients += torch.autograd.grad(of_each_image, trigger, weights[rows])
-                losses.append(of_each_image.detach())
-            return part.scaled(_joined(losses).mean()), reduce(torch.add, gradients)
+                losses[rows] = of_each_image.detach()
+            return part.scaled(losses.mean()), reduce(torch.add, gradients)
 
         return self._parts.attempt(compute, lambda: None)
 
     def _add(self, images: Tensor, loss: Callable[[Tensor, slice], Tensor], weights: Tensor, part: Part) -> Tensor:
         """Add the gradient of a weighted sum of the images' losses to what is learned; returns these losses."""
-        losses = []
+        losses = torch.empty_like(weights)
         for rows in self._parts.of(len(images)):
             with self._team.whole_batch(part):
                 logits = self._logits(images[rows], None)
             of_each_image = loss(logits, rows)
             of_each_image.backward(weights[rows])
-            losses.append(of_each_image.detach())
-        return _joined(losses)
+            losses[rows] = of_each_image.detach()
+        return losses
 
     def _weights(self, images: Tensor, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
         """What each image's loss counts in ``sum(factor * mean over the branch)``."""
@@ -132,5 +132,5 @@ class Losses:
         return self._weights_of[key]
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskops.purify._draws import Batch
+from maskops.purify._fake import has_data
 from maskops.purify._phase import Lane
 
 T = TypeVar("T")
@@ -58,7 +59,8 @@ class Parts:
         most = self._halved.get(self._kind, self._given)
         number = 1 if most is None else max(-(-count // most), 1)
         self._largest[self._kind] = max(-(-count // number), self._largest.get(self._kind, 0))
-        return [slice(count * place // number, count * (place + 1) // number) for place in range(number)]
+        places = range(number) if has_data() else {0, number - 1}  # the smallest and the largest, for their memory
+        return [slice(count * place // number, count * (place + 1) // number) for place in places]
 
     def attempt(self, compute: Callable[[], T], clear: Callable[[], None]) -> T:
         """What the function computes, for as long as memory runs out again and in smaller parts.

@@ -241,8 +241,10 @@ def _augmented(run: MaskRun, batch: Batch, options: NFTOptions) -> augment.Mixed
 def _adversarial(run: MaskRun, images: Tensor, labels: Tensor) -> Tensor:
     start = run.generator.get_state()
 
-    def compute() -> list[Tensor]:
-        parts = [(images[rows], labels[rows]) for rows in run.parts.of(len(images))]
-        return [augment.adversarial(run.logits, *part, run.generator) for part in parts]
+    def compute() -> Tensor:
+        perturbed = torch.empty_like(images)
+        for rows in run.parts.of(len(images)):
+            perturbed[rows] = augment.adversarial(run.logits, images[rows], labels[rows], run.generator)
+        return perturbed
 
-    return torch.cat(run.parts.attempt(compute, lambda: run.generator.set_state(start)))
+    return run.parts.attempt(compute, lambda: run.generator.set_state(start))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Slot(NamedTuple):
         return getattr(self.owner, self.name)
 
 
-class Plan(NamedTuple):
+class CallPlan(NamedTuple):
     """What one kind of call keeps and computes, by which tensors require gradients.
 
     needs:   for each value, whether its gradient is needed
@@ -75,19 +75,21 @@ class Layout(NamedTuple):
 class Call:
     """The state of one call.
 
+    segments:   the :class:`Segment`s that it runs one after the other
     parameters: the tape's parameters as they now are, by slot; ``None`` for a bias that isn't there
     readers:    for each value, by how many steps it is read
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: CallPlan,
+        segments: Sequence[Any],
         parameters: Sequence[Tensor | None],
         casts: Casts,
         readers: Sequence[int],
         bits: bool,
     ) -> None:
-        self.plan, self.parameters, self.bits = plan, parameters, bits
+        self.plan, self.segments, self.parameters, self.bits = plan, segments, parameters, bits
         self._casts = casts
         self.values: list = [None] * len(readers)
         self.saved: dict[int, tuple] = {}
@@ -107,7 +109,7 @@ class Call:
     # forward
 
     @contextmanager
-    def planned(self, plan: Plan) -> Iterator[None]:
+    def planned(self, plan: CallPlan) -> Iterator[None]:
         """Within, steps keep and compute what another plan says."""
         mine, self.plan = self.plan, plan
         yield
