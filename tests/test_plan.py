@@ -17,17 +17,24 @@ ALL = {"layers": ("conv", "linear")}
 
 
 def counted(model, method, batch, shape, **options):
-    """Bytes that a step of each phase needs in a real run, beside what is there before it."""
+    """Bytes that a step of each phase needs in a real run, beside what is there before it; and at most, in all."""
     data = torch.rand(batch, *shape), torch.arange(batch) % 4
     settings = {"gate": "output", "batch_size": batch, "progress": False, **options}
-    algorithm = ALGORITHMS[method](model, data, "paper", None, settings)
-    for phase in _first_epoch(algorithm):
-        _one_step(algorithm, phase)
+    made = []
+
+    def begin():
+        made.append(ALGORITHMS[method](model, data, "paper", None, settings))
+        for _ in range(2):
+            for phase in _first_epoch(made[0]):
+                _one_step(made[0], phase)
+
+    peak = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + count(begin).peak
+    (algorithm,) = made
     found = {}
     for phase in _first_epoch(algorithm):
         found[phase.name] = count(lambda phase=phase: _one_step(algorithm, phase)).peak
     kept = {"masks": algorithm.run.arena.mask.nbytes, "weights": algorithm.run.arena.weight.nbytes}
-    return found, kept
+    return found, kept, peak
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,7 @@ def counted(model, method, batch, shape, **options):
         ("awm", {}),
         ("awm", {"branches": "sequential", "gate": "bits"}),
         ("awm", {"recompute": True, "step_in_backward": True, "state_bits": 8, "dtype": torch.bfloat16}),
-        ("awm", {"granularity": "neuron", "inner_labels": "predicted"}),
+        ("awm", {"granularity": "neuron", "inner_labels": "predicted", "micro_batch_size": 3}),
         ("swm", {"state_bits": 8}),
         ("anp", {"threshold": "auto"}),
         ("nft", {"tune_bias": True, "augmentation": "cutmix"}),
@@ -47,11 +54,12 @@ def test_a_plan_is_what_a_run_needs(method, options, name="small_vgg"):
     model, shape = with_statistics(models.build(name)).float(), (3, 32, 32)
     options = {"branches": "concatenated", **options} if method == "awm" else options
     planned = plan(model, method, shape=shape, classes=10, images=4, batch_size=4, **options)
-    phases, kept = counted(model, method, 4, shape, **options)
+    phases, kept, peak = counted(model, method, 4, shape, **options)
     assert planned.phases.keys() == phases.keys()
     for phase, needed in phases.items():
         assert abs(planned.phases[phase] - needed) <= 0.1 * needed + 20_000, phase
     assert planned.kept["weights"] == kept["weights"]
+    assert planned.peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "shufflenet_v2"])
