@@ -18,6 +18,15 @@ class Meter(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._total = self.peak = 0
 
+    def __enter__(self) -> Meter:
+        gc.collect()
+        gc.freeze()  # what is there before isn't looked through each time
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        gc.unfreeze()
+
     def begin(self) -> None:
         """Forget the peak so far."""
         self.peak = self.now()
