@@ -1,4 +1,6 @@
-"""``steps``, ``epoch``, ``ops`` measure, ``kernels`` compiles, ``tables`` repeats papers, ``report`` shows results."""
+"""``steps``, ``epoch``, ``ops`` and ``large`` measure, ``kernels`` compiles, ``tables`` repeats papers, and ``report``
+shows results.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dry, epoch, kernels, networks, ops, plan, report, results, steps, sweep, tables
+from benchmarks import dry, epoch, kernels, large, networks, ops, plan, report, results, steps, sweep, tables
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.steps_table import table
 
@@ -28,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         return tables.main(options)
     if options.command == "kernels":
         return kernels.main(options)
+    if options.command == "large":
+        return large.main(options)
     if options.command == "steps" and options.dry:
         return dry.main(options)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -115,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--runs", type=int, default=16, help="so many at once")
     kernels.add_arguments(commands.add_parser("kernels", help=kernels.__doc__, description=kernels.__doc__))
     tables.add_arguments(commands.add_parser("tables", help=tables.__doc__, description=tables.__doc__))
-    command = commands.add_parser("report", help="write the README's tables and the pictures from the results")
+    large.add_arguments(commands.add_parser("large", help=large.__doc__, description=large.__doc__))
+    command = commands.add_parser("report", help="write the tables and the pictures from the results")
     command.add_argument("--readme", type=Path, default=results.ROOT / "README.md")
     command.add_argument("--results", type=Path, default=results.FOLDER)
     command.add_argument("--check", action="store_true", help="write nothing; fail when the README is out of date")

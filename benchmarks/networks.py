@@ -15,16 +15,34 @@ OTHERS = {
     "mobilenet_v2_224": ("torchvision.models:mobilenet_v2",),
     "shufflenet_v2_x1_0": ("torchvision.models:shufflenet_v2_x1_0",),
     "convnext_l": ("timm.models:convnext_large", "transformers:ConvNext"),
+    "convnext_xl": ("timm.models:convnext_xlarge", "transformers:ConvNext"),
     "vit_l": ("timm.models:vit_large_patch16_224", "transformers:ViT"),
+    "vit_h": ("timm.models:vit_huge_patch14_224", "transformers:ViT"),
+    "vit_g": ("timm.models:vit_giant_patch14_224", "transformers:ViT"),
 }
 """Networks of other libraries, for images of 224 x 224: the first that is installed, as :func:`maskops.models.build`
 names it, or by its configuration in transformers."""
 CONFIGURATIONS = {
-    "ResNet": {},
-    "ConvNext": {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]},
-    "ViT": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "resnet50": {},
+    "convnext_l": {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]},
+    "convnext_xl": {"depths": [3, 3, 27, 3], "hidden_sizes": [256, 512, 1024, 2048]},
+    "vit_l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "vit_h": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "intermediate_size": 5120,
+        "patch_size": 14,
+    },
+    "vit_g": {
+        "hidden_size": 1408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+        "patch_size": 14,
+    },
 }
-"""What makes them the networks of those names; a ResNet is the 50 layers deep one by itself."""
+"""What makes a network of transformers the one of that name; its ResNet is the 50 layers deep one by itself."""
 TRANSFORMERS = ("convnext", "vit")
 """Networks that are linear layers for the most part, which are masked too."""
 
@@ -45,14 +63,20 @@ def build(net: str) -> nn.Module:
     for place in OTHERS.get(net, ()):
         library, _, name = place.partition(":")
         if find_spec(library.split(".")[0]):
-            return _of_transformers(name) if library == "transformers" else models.build(place)
+            return _of_transformers(net, name) if library == "transformers" else models.build(place)
     return models.build(net)
 
 
-def _of_transformers(kind: str) -> nn.Module:
+def build_without_data(net: str) -> nn.Module:
+    """The network on the meta device."""
+    with torch.device("meta"), _NumbersOnTheCPU():
+        return build(net)
+
+
+def _of_transformers(net: str, kind: str) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(**CONFIGURATIONS[kind], num_labels=1000)
+    config = getattr(transformers, f"{kind}Config")(**CONFIGURATIONS[net], num_labels=1000)
     return Logits(getattr(transformers, f"{kind}ForImageClassification")(config))
 
 
@@ -98,13 +122,11 @@ def layers_of(net: str, batch: int) -> list[Placed]:
     kinds = (nn.Linear,) if net.startswith("vit") else (nn.Conv2d, nn.Linear, nn.MaxPool2d)
     found: list[Placed] = []
     size = image_size(net)
+    model, images = build_without_data(net), torch.empty(batch, 3, size, size, device="meta")
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.register_forward_hook(lambda layer, inputs, output: found.append((layer, tuple(inputs[0].shape))))
     with torch.device("meta"), _NumbersOnTheCPU():
-        model, images = build(net), torch.empty(batch, 3, size, size)
-        for module in model.modules():
-            if isinstance(module, kinds):
-                module.register_forward_hook(
-                    lambda layer, inputs, output: found.append((layer, tuple(inputs[0].shape)))
-                )
         model.eval()(images)
     return found
 

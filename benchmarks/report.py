@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import large, plots
 from benchmarks.groups import COMPILED, EAGER, fastest, measured_steps
 from benchmarks.ops import BACKENDS
 from benchmarks.results import Row, read
@@ -16,21 +16,26 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def main(readme: Path, folder: Path, check: bool = False) -> int:
-    """Write the tables between the two marks of the README, and a picture beside each CSV.
+    """Write the tables between the two marks of the README, and of docs/large.md beside it, and a picture for each CSV.
 
     check: only find out whether the tables are up to date
     """
-    if not readme.exists():
-        print(f"report: there is no {readme}", file=sys.stderr)
-        return 1
-    before = readme.read_text()
-    after = between_marks(before, report(folder))
-    if check and after != before:
-        print(f"report: {readme} is out of date; run python -m benchmarks report", file=sys.stderr)
-        return 1
+    contents, memory = {readme: report(folder)}, readme.parent / "docs" / "large.md"
+    if memory.exists():
+        contents[memory] = large.report(folder / "large")
+    for path, content in contents.items():
+        if not path.exists():
+            print(f"report: there is no {path}", file=sys.stderr)
+            return 1
+        before = path.read_text()
+        after = between_marks(before, content)
+        if check and after != before:
+            print(f"report: {path} is out of date; run python -m benchmarks report", file=sys.stderr)
+            return 1
+        if not check:
+            path.write_text(after)
     if check:
         return 0
-    readme.write_text(after)
     for path in sorted(folder.glob("*.csv")):
         bars = plots.bars_of(measured_steps(read(path)))
         reason = plots.write(path.with_suffix(".svg"), path.stem, bars) if bars else None

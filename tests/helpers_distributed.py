@@ -33,6 +33,11 @@ CASES = {
     "awm in one batch": ("awm", "plain", {**AWM, "branches": "concatenated", "clamp": True, "trigger_penalty": 0.1}),
     "awm in small batches": ("awm", "plain", {**AWM, "batch_size": 3, "inner_labels": "predicted"}),
     "awm without running statistics": ("awm", "no statistics", {**AWM, "inner_labels": "predicted"}),
+    "awm in parts": (
+        "awm",
+        "plain",
+        {**AWM, "branches": "concatenated", "micro_batch_size": 2, "trigger_penalty": 0.1},
+    ),
     "awm in the backward": ("awm", "plain", {**AWM, "step_in_backward": True, "recompute": True}),
     "awm of a sum in the backward": ("awm", "sum", {**AWM, "step_in_backward": True}),
     "swm": ("swm", "plain", {**STEPS, **AUGMENTED, "noise_steps": 2}),
@@ -45,6 +50,7 @@ CASES = {
     "nft in small batches": ("nft", "plain", {**STEPS, "batch_size": 3, "tune_bias": True}),
     "nft cutmix": ("nft", "untaped", {**STEPS, "augmentation": "cutmix", "statistics": "running"}),
     "nft by functions": ("nft", "functional", {**STEPS, "layers": "conv", "tune_bias": True}),
+    "nft in parts": ("nft", "plain", {**STEPS, "tune_bias": True, "statistics": "running", "micro_batch_size": 2}),
     "nft adversarial": ("nft", "plain", {**STEPS, "augmentation": "adversarial", "crop": 0}),
 }
 """Name -> method, network and options; batches of 7 unless these say otherwise."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import maskops
 from maskops.purify import AWMOptions, awm
-from maskops.purify._masks import MaskRun
+from maskops.purify._losses import Losses
 
 
 def published(model, images, labels, *, epochs, steps, batch, tau, alpha, gamma, lr, clamp, predicted, seed):
@@ -264,16 +264,16 @@ def test_branches_follow_one_another_where_memory_for_both_at_once_runs_out(clea
     network = tiny_network()
     options = {"epochs": 1, "inner_steps": 1, "outer_steps": 3, "progress": False}
     expected = awm(network, clean_data, branches="sequential", **options)
-    descend, calls = MaskRun.descend, []
+    descend, calls = Losses._descend, []
 
-    def descend_in_little_memory(run, *branches, together=False):
-        calls.append(together)
-        if together:
-            run.arena.grad += 1  # what a backward left that was broken off
+    def descend_in_little_memory(losses, *branches):
+        calls.append(len(branches) > 1)
+        found = descend(losses, *branches)
+        if len(branches) > 1:  # when a gradient has been added
             raise torch.OutOfMemoryError("out of memory")
-        return descend(run, *branches)
+        return found
 
-    monkeypatch.setattr(MaskRun, "descend", descend_in_little_memory)
+    monkeypatch.setattr(Losses, "_descend", descend_in_little_memory)
     for_images = AWMOptions.for_images
 
     def for_images_on_a_gpu(options, images):
@@ -281,7 +281,7 @@ def test_branches_follow_one_another_where_memory_for_both_at_once_runs_out(clea
 
     monkeypatch.setattr(AWMOptions, "for_images", for_images_on_a_gpu)
     result = awm(network, clean_data, **options)
-    assert calls == [True, False, False, False] and result.options["branches"] == "sequential"
+    assert calls == [True, *[False] * 6] and result.options["branches"] == "sequential"
     assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="1 image at a time"):
         awm(network, clean_data, branches="concatenated", **options)

@@ -9,7 +9,7 @@ from helpers import tiny_network
 from torch import nn
 
 from maskops.purify import _graphs, anp, awm, nft, swm
-from maskops.purify._masks import MaskRun
+from maskops.purify._losses import Losses
 from maskops.purify.awm import AWMOptions
 
 METHODS = {"awm": awm, "swm": swm, "anp": anp, "nft": nft}
@@ -155,24 +155,28 @@ def test_augmentation_on_the_host_says_so(clean_data, recorded):
     assert result.execution == {"masks": "eager: cutout draws on the host"} and not recorded
 
 
-@pytest.mark.parametrize("branches", ["auto", "concatenated"])
+@pytest.mark.parametrize("given", ["auto", "concatenated"])
 def test_a_recording_that_runs_out_of_memory_is_made_again_of_one_branch_after_the_other(
-    branches, clean_data, request, monkeypatch
+    given, clean_data, request, monkeypatch
 ):
-    descend, for_images, calls = MaskRun.descend, AWMOptions.for_images, []
+    descend, for_images, calls = Losses._descend, AWMOptions.for_images, []
 
     def for_images_on_a_gpu(options, images):
         return replace(for_images(options, images), branches=options.branches)
 
-    def descend_three_times_together(run, *given, together=False):
-        calls.append(together)
-        if branches == "auto" and together and sum(calls) > 3:
+    def noted(losses, *branches):
+        calls.append(len(branches) > 1)
+        return descend(losses, *branches)
+
+    def descend_three_times_together(losses, *branches):
+        found = noted(losses, *branches)
+        if given == "auto" and len(branches) > 1 and sum(calls) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        return descend(run, *given, together=together)
+        return found
 
     monkeypatch.setattr(AWMOptions, "for_images", for_images_on_a_gpu)
-    monkeypatch.setattr(MaskRun, "descend", descend_three_times_together)
-    eager = purified("awm", clean_data, branches=branches)
+    monkeypatch.setattr(Losses, "_descend", descend_three_times_together)
+    eager = purified("awm", clean_data, branches=given)
     graphs = request.getfixturevalue("recorded")
     record = _graphs.record
 
@@ -184,20 +188,22 @@ def test_a_recording_that_runs_out_of_memory_is_made_again_of_one_branch_after_t
             raise torch.OutOfMemoryError("out of memory")
         return graph
 
-    def noted(run, *given, together=False):
-        calls.append(together)
-        return descend(run, *given, together=together)
-
-    monkeypatch.setattr(MaskRun, "descend", noted)
+    monkeypatch.setattr(Losses, "_descend", noted)
     monkeypatch.setattr(_graphs, "record", record_in_little_memory)
-    result = purified("awm", clean_data, branches=branches)
-    assert_same(result, eager)
-    if branches == "auto":
+    if given == "auto":
+        result = purified("awm", clean_data, branches=given)
+        assert_same(result, eager)
         assert result.options["branches"] == "sequential"
         # the trigger's step anew too: its graph would have kept the memory
         assert len(graphs) == 3 and result.execution == {"inner": "CUDA graph", "outer": "CUDA graph"}
-    else:
-        assert result.execution == {"inner": "CUDA graph", "outer": "eager: out of memory"}
+        return
+    with pytest.warns(RuntimeWarning, match="awm: memory ran out in the outer phase; from now on it takes 1 image"):
+        result = purified("awm", clean_data, branches=given)
+    for name, mask in eager.masks.items():
+        torch.testing.assert_close(result.masks[name], mask, rtol=0, atol=1e-9)
+    assert result.options["branches"] == "concatenated"
+    how = "eager: out of memory, 1 image at a time for lack of memory"
+    assert result.execution == {"inner": "CUDA graph", "outer": how}
 
 
 def test_graphs_can_be_declined(clean_data, recorded):

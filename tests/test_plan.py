@@ -10,24 +10,31 @@ from benchmarks.counting import count
 from maskops import models
 from maskops.cli import main
 from maskops.purify import plan
-from maskops.purify._plan import _first_epoch, _one_step
+from maskops.purify._plan import _first_epoch, _one_step, plans
 from maskops.purify._sweep import ALGORITHMS
 
 ALL = {"layers": ("conv", "linear")}
 
 
 def counted(model, method, batch, shape, **options):
-    """Bytes that a step of each phase needs in a real run, beside what is there before it."""
+    """Bytes that a step of each phase needs in a real run, beside what is there before it; and at most, in all."""
     data = torch.rand(batch, *shape), torch.arange(batch) % 4
     settings = {"gate": "output", "batch_size": batch, "progress": False, **options}
-    algorithm = ALGORITHMS[method](model, data, "paper", None, settings)
-    for phase in _first_epoch(algorithm):
-        _one_step(algorithm, phase)
+    made = []
+
+    def begin():
+        made.append(ALGORITHMS[method](model, data, "paper", None, settings))
+        for _ in range(2):
+            for phase in _first_epoch(made[0]):
+                _one_step(made[0], phase)
+
+    peak = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + count(begin).peak
+    (algorithm,) = made
     found = {}
     for phase in _first_epoch(algorithm):
         found[phase.name] = count(lambda phase=phase: _one_step(algorithm, phase)).peak
     kept = {"masks": algorithm.run.arena.mask.nbytes, "weights": algorithm.run.arena.weight.nbytes}
-    return found, kept
+    return found, kept, peak
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,7 @@ def counted(model, method, batch, shape, **options):
         ("awm", {}),
         ("awm", {"branches": "sequential", "gate": "bits"}),
         ("awm", {"recompute": True, "step_in_backward": True, "state_bits": 8, "dtype": torch.bfloat16}),
-        ("awm", {"granularity": "neuron", "inner_labels": "predicted"}),
+        ("awm", {"granularity": "neuron", "inner_labels": "predicted", "micro_batch_size": 3}),
         ("swm", {"state_bits": 8}),
         ("anp", {"threshold": "auto"}),
         ("nft", {"tune_bias": True, "augmentation": "cutmix"}),
@@ -47,11 +54,12 @@ def test_a_plan_is_what_a_run_needs(method, options, name="small_vgg"):
     model, shape = with_statistics(models.build(name)).float(), (3, 32, 32)
     options = {"branches": "concatenated", **options} if method == "awm" else options
     planned = plan(model, method, shape=shape, classes=10, images=4, batch_size=4, **options)
-    phases, kept = counted(model, method, 4, shape, **options)
+    phases, kept, peak = counted(model, method, 4, shape, **options)
     assert planned.phases.keys() == phases.keys()
     for phase, needed in phases.items():
         assert abs(planned.phases[phase] - needed) <= 0.1 * needed + 20_000, phase
     assert planned.kept["weights"] == kept["weights"]
+    assert planned.peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "shufflenet_v2"])
@@ -76,13 +84,40 @@ def deep(width=8):
 
 
 def test_a_limit_chooses_what_saves_enough_and_changes_least():
-    about = {"shape": (3, 16, 16), "classes": 4, "batch_size": 32}
+    about = {"shape": (3, 16, 16), "classes": 4, "batch_size": 8}
     free = plan(deep(), **about)
     found = plan(deep(), memory=0.75 * free.peak, **about)
     assert found.fits and found.peak <= 0.75 * free.peak
     assert "dtype" not in found.options and found.options["branches"] == "sequential"
     least = plan(deep(), memory=1, **about)
-    assert not least.fits and least.options["batch_size"] == 8 and least.peak < found.peak
+    assert not least.fits and least.options["micro_batch_size"] == 1 and least.peak < found.peak
+    assert least.options["batch_size"] == 8
+
+
+def test_parts_come_before_what_changes_the_result_and_are_as_large_as_can_be():
+    kept = {"weight_dtype": None, "dtype": None, "gate": "bits", "branches": "sequential", "recompute": True}
+    about = {"shape": (3, 32, 32), "classes": 4, "batch_size": 4, **kept}
+    smallest = plan(deep(), micro_batch_size=1, **about)
+    memory = smallest.peak - 4 * smallest.parameters
+    exact, rounded = plans(deep(), "awm", [smallest.peak, memory], **about)
+    assert exact.fits and exact.options["micro_batch_size"] == 1 and "state_bits" not in exact.options
+    assert rounded.fits and rounded.options["state_bits"] == 8
+    larger = {**rounded.options, "micro_batch_size": 2 * rounded.options["micro_batch_size"]}
+    assert plan(deep(), **{**about, **larger}).peak > memory
+
+
+def test_a_batch_that_must_stay_whole_is_made_smaller():
+    about = {"shape": (3, 16, 16), "classes": 4, "batch_size": 32}
+    options = plan(deep(), "nft", memory=1, **about).options
+    assert options["batch_size"] == 8 and "micro_batch_size" not in options and "recompute" not in options
+
+
+@pytest.mark.parametrize(("images", "batch"), [(500, 128), (100, 80), (3, 2)])
+def test_a_plan_with_held_out_images_measures_the_batch_of_the_run(images, batch):
+    about = {"shape": (3, 16, 16), "classes": 4}
+    found = plan(deep(), "anp", threshold="auto", images=images, **about)
+    assert found.phases == plan(deep(), "anp", threshold=0.2, images=batch, **about).phases
+    assert found.kept["images"] >= images * 3 * 16 * 16
 
 
 def test_what_was_given_is_never_changed():

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
@@ -19,7 +20,10 @@ from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Preset, settle
 from maskops.purify._phase import Phase
+from maskops.purify._savings import out_of_memory
 from maskops.purify._setting import MaskSetting
+
+T = TypeVar("T")
 
 
 class Algorithm:
@@ -41,8 +45,10 @@ class Algorithm:
     ) -> None:
         self.on_epoch = on_epoch
         with team_of(self.method).all_or_none():
-            chosen, setting = settle(self.method, self.presets, preset, options)
-            self.prepare(model, clean_data, chosen, setting)
+            self.options, self._setting = settle(self.method, self.presets, preset, options)
+            self.attempt(
+                partial(self.prepare, model, clean_data, self.options, self._setting), " before the first step"
+            )
         self.run.beside = lambda: {f"the {name}": value for name, value in self.tensors().items()}
 
     def prepare(self, model: nn.Module, clean_data: Any, options: Any, setting: MaskSetting) -> None:
@@ -65,6 +71,18 @@ class Algorithm:
         """After the last phase."""
         return self.run.finish(self.options)
 
+    def attempt(self, compute: Callable[[], T], where: str) -> T:
+        """What the function computes; where memory runs out, an error that says what would save some."""
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # only now: what is raised within an except holds the frames of what failed, and their tensors
+        run = getattr(self, "run", None)
+        shape, saved = (None, "") if run is None else (run.images.shape[1:], run.saved)
+        where = f"{where}; the model is left as it was{saved}"
+        raise out_of_memory(self.method, reason, self.options, self._setting, shape, where)
+
 
 def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, resume: bool = False) -> Purification:
     """Run all phases of an algorithm.
@@ -73,10 +91,11 @@ def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, 
     """
     algorithm.run.team.same(lambda: {**about(algorithm), "checkpoint": (checkpoint is None, resume)})
     for phase in _phases(algorithm, checkpoint, resume):
-        (error,) = side_by_side([(algorithm.run, phase)])
+        compute = partial(side_by_side, [(algorithm.run, phase)])
+        (error,) = algorithm.attempt(compute, f" in the {phase.name} phase")
         if error is not None:
             raise error
-    return algorithm.result()
+    return algorithm.attempt(algorithm.result, " after the last step")
 
 
 def complete_together(
@@ -95,7 +114,8 @@ def complete_together(
     while going:
         current = {index: next(phases, None) for index, phases in going.items()}
         running = {index: (algorithms[index].run, phase) for index, phase in current.items() if phase is not None}
-        found = dict(zip(running, side_by_side(list(running.values())), strict=True))
+        compute = partial(side_by_side, list(running.values()))
+        found = dict(zip(running, algorithms[0].attempt(compute, " in runs side by side"), strict=True))
         errors |= {index: error for index, error in found.items() if error is not None}
         going = {index: phases for index, phases in going.items() if index in running and index not in errors}
     return [errors.get(index) or _or_error(algorithm.result) for index, algorithm in enumerate(algorithms)]

@@ -24,8 +24,8 @@ from maskops.optim import EIGHT_BITS, MaskAdam, MaskSGD
 from maskops.purify._finite import is_finite
 from maskops.purify._loop import Run, plain_options
 
-_ELSEWHERE = {"progress", "graphs", "remake_weights", "offload", "shard"}
-"""Settings that may differ in the process that goes on, as may which GPU it is."""
+_ELSEWHERE = {"progress", "graphs", "gate", "recompute", "micro_batch_size", "remake_weights", "offload", "shard"}
+"""Settings that may differ in the process that goes on, as may which GPU it is: they change memory, or what is seen."""
 
 _NOTES = {"phases": int, "options": dict, "now": dict, "history": dict, "seconds": dict}
 """What a checkpoint says beside its tensors."""

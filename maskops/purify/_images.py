@@ -11,6 +11,11 @@ from maskops.functional import prepare_images
 from maskops.purify._fake import on_host
 
 
+def count_held_out(count: int, share: float) -> int:
+    """How many of at least two images are held out from what is learned from: the share, at least one and not all."""
+    return min(max(1, round(share * count)), count - 1)
+
+
 class CleanImages:
     """Images on a device: as bytes where they came from bytes, which takes a quarter of the memory, and channels_last.
 

@@ -23,7 +23,7 @@ from maskops.purify import _finite
 from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch, Drawn, Mix, stacked
 from maskops.purify._fake import has_data, on_host
-from maskops.purify._images import CleanImages
+from maskops.purify._images import CleanImages, count_held_out
 from maskops.purify._phase import Lane, Phase
 from maskops.purify._precision import precision
 from maskops.purify._setting import LAYERS, NOISE, Setting
@@ -178,7 +178,7 @@ class Run:
         n = len(self.labels)
         if n < 2:
             raise ValueError(f"{self.method}: holding out clean images needs at least 2 of them; got {n}")
-        count = min(max(1, round(share * n)), n - 1)
+        count = count_held_out(n, share)
         order = torch.randperm(n, generator=self.generator, device="cpu").to(self.device)
         held_out = self.images.at(order[:count]), self.labels[order[:count]]
         self.images.keep(order[count:])
@@ -221,7 +221,7 @@ class Run:
         """A phase of so many steps, each on a batch of clean images drawn with replacement.
 
         mix: further draws for each batch
-        how: ``before``, ``after``, ``around`` and ``shrink`` of :class:`Phase`
+        how: ``before``, ``after``, ``around``, ``shrink`` and ``note`` of :class:`Phase`
         """
         draw = partial(self.draw, count, batch_size, mix)
         return Phase(name, step, draw, self.lane, why_eager=self._why_eager or why_eager, **how)

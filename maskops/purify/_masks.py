@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
@@ -26,13 +25,13 @@ from maskops.purify._depth import depths
 from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
 from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._losses import Branch, Losses
 from maskops.purify._noise import Biases, Noise
+from maskops.purify._parts import Parts, Shrink, Step
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
 from maskops.purify._shards import Shards
 from maskops.purify._working import WorkingModel, shared_copy
-
-Branch = tuple[float, Tensor, Tensor]
 
 _MIXES = "it computes with the statistics of its batches"
 
@@ -103,20 +102,24 @@ class MaskRun(Run):
         self._mixes_batches = batch_statistics or any(
             isinstance(module, _BatchNorm) and module.running_mean is None for module in self.model.modules()
         )
-        reason = self.model.tape_reason
+        mixes, reason = _MIXES if self._mixes_batches else None, self.model.tape_reason
         self._refuse("remake_weights", setting.remake_weights, reason)
-        self._refuse("recompute", setting.recompute, _MIXES if self._mixes_batches else reason)
-        self._sums = BucketSums(method, self.team, self.arena)
-        self._shares_of: dict[tuple, Tensor] = {}
+        self._refuse("recompute", setting.recompute, mixes or reason)
+        self._refuse("micro_batch_size", setting.micro_batch_size, mixes)
+        self.parts = Parts(method, setting.micro_batch_size, self.lane)
+        self.parts.whole = self._mixes_batches
+        sums = BucketSums(method, self.team, self.arena)
+        around = self.noise.perturbed, partial(sums.during_backward, self.model)
+        self.losses = Losses(self.team, self.parts, self.logits, *around, self._clear_gradients, self._mixes_batches)
 
     def _at_home(self) -> AbstractContextManager[object]:
         """Within, things are made where the model is, which isn't on the device if masks and θ aren't."""
         return host_memory() if self._offload else nullcontext()
 
-    def _refuse(self, name: str, wanted: bool, reason: str | None) -> None:
-        """Raise ValueError for an option that is wanted where there is a reason against it."""
-        if wanted and reason is not None:
-            raise ValueError(f"{self.method}: {name}=True can't be done for this model: {reason}")
+    def _refuse(self, name: str, value: Any, reason: str | None) -> None:
+        """Raise ValueError for an option that is given where there is a reason against it."""
+        if value and reason is not None:
+            raise ValueError(f"{self.method}: {name}={value} can't be done for this model: {reason}")
 
     def _prepare(self, network: nn.Module, setting: MaskSetting, mask_bits: int, fold: bool) -> None:
         """The working model, whose masked layers compute with effective weights that are views of the arena."""
@@ -160,19 +163,26 @@ class MaskRun(Run):
         self.noise.drop()
         return self.model(images, trigger)
 
-    def cross_entropy(self, images: Tensor, *labels: Tensor, trigger: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The mean cross entropy of a batch's logits with each of the labels: what this process's rows add to it."""
-        part = self.team.part(len(images))
-        with self.team.whole_batch(part):
-            logits = self.logits(part.of(images), trigger)
-        return tuple(part.scaled(F.cross_entropy(logits, part.of(each))) for each in labels)
-
     def add_gradients(self, *arenas: MaskArena) -> None:
         """Sum what isn't summed during the backward: gradients in these arenas, and of tuned biases."""
         for arena in arenas:
             if arena.grad is not None:  # otherwise each layer's was summed when it was stepped by itself
                 self.team.add(arena.grad)
         self.team.add(*(bias.grad for bias in self.biases.values() if bias.grad is not None))
+
+    def _clear_gradients(self) -> None:
+        for arena in self.noise.arenas:
+            arena.zero_grad()
+        for bias in self.biases.values():
+            if bias.grad is not None:
+                bias.grad.zero_()
+
+    def steps(
+        self, name: str, step: Step, count: int, batch_size: int, *, shrink: Shrink | None = None, **how: Any
+    ) -> Phase:
+        """As for :class:`Run`; ``shrink`` is another way to need less memory than smaller parts of batches."""
+        how |= self.parts.shrinking(name, step, shrink)
+        return super().steps(name, count=count, batch_size=batch_size, **how)
 
     def predictions(self, into: Tensor, batch_size: int) -> Phase:
         """A phase that writes the class that the working model gives each clean image, (N,)."""
@@ -185,12 +195,18 @@ class MaskRun(Run):
         def predict(batch: Batch) -> dict[str, Tensor]:
             part = self.team.part(size)
             own = part.of(batch.index)
-            with self.team.whole_batch(part):
-                into.index_copy_(0, own, self.logits(self.images.at(own)).argmax(1))
+
+            def compute() -> None:
+                for rows in self.parts.of(len(own)):
+                    with self.team.whole_batch(part):
+                        into.index_copy_(0, own[rows], self.logits(self.images.at(own[rows])).argmax(1))
+
+            self.parts.attempt(compute, lambda: None)
             return {}
 
         how = {"before": into.zero_, "after": partial(self.team.most, into)} if self.team.size > 1 else {}
-        return Phase("predictions", predict, lambda: {"index": index}, self.lane, why_eager=self._why_eager, **how)
+        how |= {"draw": lambda: {"index": index}, "lane": self.lane, "why_eager": self._why_eager}
+        return Phase("predictions", **self.parts.shrinking("predictions", predict), **how)
 
     def new_trigger(self) -> Tensor:
         return torch.zeros_like(self.images[:1]).requires_grad_()
@@ -227,6 +243,9 @@ class MaskRun(Run):
         elif not self.arena.elementwise:
             reason = "its masks are of another granularity than 'weight'"
         self._refuse("step_in_backward", True, reason)
+        if self.setting.micro_batch_size is not None:
+            raise ValueError(f"{self.method}: step_in_backward=True takes one backward: micro_batch_size=None")
+        self.parts.whole = True
         name_of = {id(weight): name for name, weight in self.arena.effective_weights.items()}
 
         def step(weight: Parameter, grad: Tensor) -> None:
@@ -237,8 +256,8 @@ class MaskRun(Run):
 
     def ascend_noise(self, images: Tensor, labels: Tensor, step_size: float, bound: float | None) -> None:
         """One step up the loss by the sign of the noise's gradient; then into [-bound, bound] unless that is None."""
-        with self.noise.perturbed(learn_biases=True), self._sums.during_backward(self.model):
-            self.cross_entropy(images, labels)[0].backward()
+        with self.noise.perturbed(learn_biases=True):
+            self.losses.descend((1.0, images, labels))
         self.add_gradients(*self.noise.arenas[1:])
         self.noise.ascend(step_size, bound)
 
@@ -249,52 +268,13 @@ class MaskRun(Run):
         with self.frozen_masks(), self.arena.whole() if looks else nullcontext():
             super().report(on_epoch, epoch, model)
 
-    def descend(self, *branches: Branch, together: bool = False, perturbed: Branch | None = None) -> list[Tensor]:
-        """Add the gradient of ``sum(factor * cross_entropy(f(images), labels))`` over the branches to the arena's.
-
-        Gradients are those of the rows of all processes, cross entropies what this one's add.
-
-        branches:  (factor, images, labels) each
-        together:  run them as one batch, which takes fewer, larger launches and twice the activations; not done where a
-                   batch norm computes with the statistics of its batch
-        perturbed: one more branch, at the perturbed weights
-        returns:   the cross entropies, detached
-        """
-        if together and not self._mixes_batches:
-            with self._sums.during_backward(self.model):
-                losses = self._descend_together(branches)
-        else:
-            *others, last = branches if perturbed is None else (*branches, perturbed)
-            losses = [self._descend(*branch) for branch in others]
-            with nullcontext() if perturbed is None else self.noise.perturbed(), self._sums.during_backward(self.model):
-                losses.append(self._descend(*last))
+    def descend(
+        self, *branches: Branch, together: Callable[[], bool] = lambda: False, perturbed: Branch | None = None
+    ) -> list[Tensor]:
+        """:meth:`Losses.descend`, with the gradients of all processes in the arena."""
+        losses = self.losses.descend(*branches, together=together, perturbed=perturbed)
         self.add_gradients()
         return losses
-
-    def _descend_together(self, branches: Sequence[Branch]) -> list[Tensor]:
-        parts = [self.team.part(len(images)) for _, images, _ in branches]
-        own = [
-            (factor * p.share, p.of(images), p.of(labels))
-            for p, (factor, images, labels) in zip(parts, branches, strict=True)
-        ]
-        factors, images, labels = zip(*own, strict=True)
-        of_each_image = F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels), reduction="none")
-        sizes = tuple(map(len, images))
-        of_each_image.backward(self._shares(factors, sizes))
-        of_branches = of_each_image.detach().split(sizes)
-        return [part.scaled(each.mean()) for part, each in zip(parts, of_branches, strict=True)]
-
-    def _shares(self, factors: tuple[float, ...], sizes: tuple[int, ...]) -> Tensor:
-        """What each image's cross entropy counts in ``sum(factor * mean over the branch)``."""
-        if (factors, sizes) not in self._shares_of:
-            shares = [factor / size for factor, size in zip(factors, sizes, strict=True) for _ in range(size)]
-            self._shares_of[factors, sizes] = torch.tensor(shares, dtype=self.images.dtype, device=self.device)
-        return self._shares_of[factors, sizes]
-
-    def _descend(self, factor: float, images: Tensor, labels: Tensor) -> Tensor:
-        (loss,) = self.cross_entropy(images, labels)
-        (factor * loss).backward()
-        return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
         self.arena.memory.settle()
@@ -318,6 +298,7 @@ class MaskRun(Run):
         """How many images the model classifies rightly, in eval mode and with these masks in place of the learned."""
         learned = self.arena.mask.clone()
         self._fill(masks)
+        batch_size = min(batch_size, self.setting.micro_batch_size or batch_size)
         parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         with eval_mode(self.model), self.seeded_layers():
             hits = sum((self.logits(part).argmax(1) == label).sum() for part, label in parts)

@@ -31,6 +31,8 @@ class Lane:
         self.graphs: WeakKeyDictionary[Phase, _graphs.Graph] = WeakKeyDictionary()
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.recording = False
+        """Whether a step is being recorded at this moment."""
 
     def stream(self) -> AbstractContextManager[object]:
         """Within, work is queued on the run's stream."""
@@ -47,7 +49,11 @@ class Lane:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def record(self, step: Callable[[], object]) -> _graphs.Graph:
-        return _graphs.record(step, self._stream, self._pool, self.generators)
+        self.recording = True
+        try:
+            return _graphs.record(step, self._stream, self._pool, self.generators)
+        finally:
+            self.recording = False
 
     def forget(self) -> None:
         """Drop all graphs, and with them the memory that they share."""
@@ -71,6 +77,7 @@ class Phase:
     before, after: what is done once, before the first step and after the last
     around:    a context for all three
     shrink:    makes steps need less memory, or returns False where it can't: asked when a recording runs out of it
+    note:      what there is to say about how its steps run, beside that
     why_eager: why steps can't be recorded, if that is known; None for trying
     """
 
@@ -85,11 +92,12 @@ class Phase:
         after: Callable[[], None] | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         shrink: Callable[[], bool] = lambda: False,
+        note: Callable[[], str] = str,
         why_eager: str | None = None,
     ) -> None:
         self.name, self.around = name, around
         self._step, self._draw, self._lane = step, draw, lane
-        self._before, self._after, self._shrink = before, after, shrink
+        self._before, self._after, self._shrink, self._note = before, after, shrink, note
         self._why_eager = why_eager or _graphs.why_not(lane.device)
         self._warm = 0
         self.counter = torch.zeros(1, dtype=torch.int64, device=lane.device)
@@ -105,9 +113,10 @@ class Phase:
     @property
     def execution(self) -> str:
         """How its steps run: as a CUDA graph, or eagerly and why."""
-        if self._graph is not None:
-            return "CUDA graph"
-        return f"eager: {self._why_eager}" if self._why_eager else "eager: too few steps to record one"
+        how = "CUDA graph"
+        if self._graph is None:
+            how = f"eager: {self._why_eager or 'too few steps to record one'}"
+        return how + self._note()
 
     def run(self) -> None:
         """All steps, within a phase of the same run, without numbers."""

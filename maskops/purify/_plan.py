@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from maskops._memory import host_memory, on_host_now
+from maskops._memory import host_memory
 from maskops.purify._algorithm import Algorithm
 from maskops.purify._fake import fake_copy
+from maskops.purify._meter import Meter
 from maskops.purify._options import settle
 from maskops.purify._phase import Phase
+from maskops.purify._savings import SAVINGS
 from maskops.purify._sweep import ALGORITHMS
+from maskops.purify.anp import ANPOptions
 from maskops.purify.awm import AWMOptions
-
-_EXACT = {"gate": "bits"}, {"gate": "bits", "recompute": True}
-_REMADE = {"remake_weights": True}
-_ROUNDED = {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}
-_LADDERS: dict[str, tuple[dict[str, Any], ...]] = {
-    "awm": (
-        {},
-        {"branches": "sequential"},
-        *({"branches": "sequential", **exact} for exact in _EXACT),
-        {**_EXACT[-1], "step_in_backward": True},
-        {**_EXACT[-1], "step_in_backward": True, **_REMADE},
-        {**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8},
-        *({**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8, **rounded} for rounded in _ROUNDED),
-        {**_EXACT[-1], "step_in_backward": True, **_REMADE, "state_bits": 8, **_ROUNDED[-1], "offload": True},
-    ),
-    "swm": (
-        {},
-        *_EXACT,
-        {**_EXACT[-1], **_REMADE},
-        {**_EXACT[-1], **_REMADE, "state_bits": 8},
-        *({**_EXACT[-1], **_REMADE, "state_bits": 8, **rounded} for rounded in _ROUNDED),
-    ),
-    "anp": ({}, {"gate": "bits"}, {"gate": "bits", **_ROUNDED[0]}),
-    "nft": ({}, {"gate": "bits"}, {"gate": "bits", **_ROUNDED[0]}),
-}
-"""Options that save memory, from those that cost nothing to those that change the result."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +86,9 @@ def plan(
 
     The steps themselves run, on tensors that have shapes and no data; the model may be on the meta device. With a
     limit on it, options that save memory are added, from those that only cost time to those that round (``dtype``,
-    ``weight_dtype``) and at last ``offload``, until the peak fits; then a ``batch_size`` that is given is halved, down
-    to a quarter. What the method refuses for this model is left out.
+    ``weight_dtype``, ``mask_bits``) and at last ``offload``, until the peak fits; then, where a step's batch must stay
+    in one piece, a ``batch_size`` that is given is halved, down to a quarter. What the method refuses for this model is
+    left out.
 
     method:  ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
     shape:   (C, H, W) of an image
@@ -129,43 +105,115 @@ def plan(
     >>> found.kept["masks"] == found.kept["weights"], found.fits
     (True, True)
     """
+    about = {"shape": shape, "classes": classes, "images": images, "preset": preset}
+    return plans(model, method, [memory], **about, **options)[0]
+
+
+def plans(
+    model: nn.Module,
+    method: str,
+    memories: Iterable[float | None],
+    *,
+    shape: Sequence[int],
+    classes: int,
+    images: int = 500,
+    preset: str = "paper",
+    **options: Any,
+) -> list[Plan]:
+    """As :func:`plan`, for each of several limits: options that several of them try are tried once."""
     if method not in tuple(ALGORITHMS):
         raise ValueError(f"plan: method must be one of {', '.join(ALGORITHMS)}; got {method!r}")
     for name, count in (("classes", classes), ("images", images)):
         if count < 1:
             raise ValueError(f"plan: {name} must be at least 1; got {count}")
+    chosen = settle(method, ALGORITHMS[method].presets, preset, options)
     about = {"shape": tuple(shape), "classes": classes, "images": images, "preset": preset}
-    smallest = None
+    search = _Search(partial(_measured, model, method, **about), options)
+    batch = _batch_size(chosen[0], images, tuple(shape))
+    known = {field.name for of in chosen for field in fields(of)} - options.keys()
     wide = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    for candidate in _candidates(method, options, memory is not None, wide):
-        try:
-            found = _measured(model, method, candidate, **about)
-        except ValueError:
-            if candidate == options:
-                raise
-            continue  # such as recompute=True without a tape
-        if memory is None or found.peak <= memory:
+    savings = [saving for saving in SAVINGS if saving[0] in known and (wide or "dtype" not in saving[0])]
+    return [search.fitted(memory, batch, savings) for memory in memories]
+
+
+class _Search:
+    """The search for options that fit, which remembers what it has measured.
+
+    measure: of options the plan; ValueError for those that the method refuses
+    given:   options that are not to be changed, but for a batch_size
+    """
+
+    def __init__(self, measure: Callable[[dict[str, Any]], Plan], given: dict[str, Any]) -> None:
+        self._compute, self._given = measure, given
+        self._measured: dict[str, Plan | ValueError] = {}
+
+    def fitted(self, memory: float | None, batch: int, savings: Sequence[tuple[str, Any]]) -> Plan:
+        """The first plan that fits, by one saving after the other, or else the smallest."""
+        found = self._measure(self._given)
+        if memory is None:
             return found
-        smallest = min(smallest or found, found, key=lambda each: each.peak)
-    return replace(smallest, fits=False)
+        for option, value in savings:
+            if found.peak <= memory:
+                break
+            options = {**found.options, option: value}
+            candidates = [options]
+            if option == "micro_batch_size":
+                sizes = _halves(found.options.get(option, batch), value * batch)
+                candidates = [{**options, option: size} for size in sizes]
+            elif option == "step_in_backward":  # which takes one backward of everything
+                several = {"micro_batch_size", "branches"} - self._given.keys()
+                candidates = [{name: value for name, value in options.items() if name not in several}]
+            found = self._smaller(found, memory, candidates)
+            if found.peak <= memory and option != "micro_batch_size":
+                found = self._in_larger_parts(found, memory, batch)
+        if found.peak > memory and "batch_size" in self._given and "micro_batch_size" not in found.options:
+            halves = [{**found.options, "batch_size": max(batch // parts, 1)} for parts in (2, 4)]
+            found = self._smaller(found, memory, halves)
+        return replace(found, fits=found.peak <= memory)
+
+    def _smaller(self, found: Plan, memory: float, candidates: Iterable[dict[str, Any]]) -> Plan:
+        """The first of the candidates that fits, or the last before one that is refused or needs more."""
+        for options in candidates:
+            try:
+                other = self._measure(options)
+            except ValueError:
+                break  # such as recompute=True without a tape
+            if other.peak > found.peak:
+                break
+            found = other
+            if found.peak <= memory:
+                break
+        return found
+
+    def _in_larger_parts(self, found: Plan, memory: float, batch: int) -> Plan:
+        """The plan with parts of batches as large as they may be with the savings that came after them."""
+        size = batch if "micro_batch_size" in self._given else found.options.get("micro_batch_size", batch)
+        while size < batch:
+            size = min(2 * size, batch)
+            other = self._measure({**found.options, "micro_batch_size": size})
+            if other.peak > memory:
+                break
+            found = other
+        return found
+
+    def _measure(self, options: dict[str, Any]) -> Plan:
+        key = repr(sorted(options.items()))
+        if key not in self._measured:
+            try:
+                self._measured[key] = self._compute(options)
+            except ValueError as error:
+                self._measured[key] = error.with_traceback(None)
+        found = self._measured[key]
+        if isinstance(found, ValueError):
+            raise found
+        return found
 
 
-def _candidates(method: str, given: Mapping[str, Any], search: bool, wide: bool) -> Iterator[dict[str, Any]]:
-    ladder = [rung for rung in _LADDERS[method] if wide or "dtype" not in rung] if search else [{}]
-    rungs = [{**rung, **given} for rung in ladder]
-    seen: list[dict[str, Any]] = []
-    for rung in rungs:
-        if rung not in seen and (rung == given or _allowed(rung)):
-            seen.append(rung)
-            yield rung
-    if search and isinstance(given.get("batch_size"), int):
-        for parts in (2, 4):
-            yield {**seen[-1], "batch_size": max(given["batch_size"] // parts, 1)}
-
-
-def _allowed(options: Mapping[str, Any]) -> bool:
-    alone = options.get("granularity", "weight") != "weight" or options.get("branches") == "sequential"
-    return not (options.get("step_in_backward") and alone)
+def _halves(size: int, least: float) -> Iterator[int]:
+    """Half of a size, a quarter and so on, down to the least or 1."""
+    while size > 1 and size > least:
+        size = -(-size // 2)
+        yield size
 
 
 def _measured(
@@ -178,10 +226,13 @@ def _measured(
     preset: str,
 ) -> Plan:
     as_on_gpu = {"gate": "output", **({"branches": "concatenated"} if method == "awm" else {})}
-    count = _batch_size(settle(method, ALGORITHMS[method].presets, preset, options)[0], images, shape)
+    settled, _ = settle(method, ALGORITHMS[method].presets, preset, options)
+    batch = _batch_size(settled, images, shape)
+    least = min(max(batch, 2), images)  # one image can't be held out
+    count = next(count for count in range(least, 2 * images + 1) if _learned_from(settled, count) >= batch)
     data = torch.zeros(count, *shape), torch.arange(count) % classes
-    settings = {**as_on_gpu, **options, "device": "cpu", "progress": False, "batch_size": count}
-    with _only_new_garbage(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
+    settings = {**as_on_gpu, **options, "device": "cpu", "progress": False, "batch_size": batch}
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         with host_memory() if options.get("offload") else nullcontext():
             copied = fake_copy(model)
         own = meter.now()
@@ -203,8 +254,12 @@ def _measured(
         copied = (*algorithm.run.model.parameters(), *algorithm.run.model.buffers())
         moved = sum(tensor.nbytes for tensor in copied if not arena.is_effective(tensor))
         own, held, preparation = own + moved, held + moved, preparation + moved
-    kept["images"] = images * algorithm.run.images.stored[0].nbytes
-    kept["other"] = max(held - own - sum(kept.values()) + kept["images"], 0)
+    stored, here = algorithm.run.images.stored, getattr(algorithm, "held_out", None) or ()
+    counted = sum(tensor.nbytes for tensor in (stored, *here) if isinstance(tensor, FakeTensor))
+    learned_from = _learned_from(settled, images)
+    apart = (images - learned_from) * math.prod(shape) * algorithm.run.images.dtype.itemsize
+    kept["other"] = max(held - own - sum(kept.values()) - counted, 0)
+    kept["images"] = learned_from * stored[0].nbytes + apart
     parameters = sum(weight.numel() for weight in arena.weights.values())
     return Plan(own, kept, phases, preparation, options, parameters, host=host)
 
@@ -213,7 +268,11 @@ def _batch_size(options: Any, images: int, shape: tuple[int, ...]) -> int:
     """What the method's steps will take of so many images."""
     if isinstance(options, AWMOptions):
         options = options.for_images(torch.empty(images, *shape, device="meta"))
-    return min(options.batch_size, images)
+    return min(options.batch_size, _learned_from(options, images))
+
+
+def _learned_from(options: Any, images: int) -> int:
+    return options.learned_from(images) if isinstance(options, ANPOptions) else images
 
 
 def _first_epoch(algorithm: Algorithm) -> Iterator[Phase]:
@@ -244,59 +303,6 @@ def _kept(algorithm: Algorithm) -> dict[str, int]:
         "optimiser": [value for value in state if isinstance(value, Tensor)],
     }
     return {name: sum(value.nbytes for value in values if value is not None) for name, values in tensors.items()}
-
-
-@contextmanager
-def _only_new_garbage() -> Iterator[None]:
-    """Within, a collection of garbage looks only at what was made since: else each goes through all of the process."""
-    mine = gc.get_freeze_count() == 0
-    if mine:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if mine:
-            gc.unfreeze()
-
-
-class _Meter(TorchDispatchMode):
-    """Bytes of tensors without data, as they come and go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._total = self.peak = 0
-
-    def begin(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.now()
-
-    def now(self) -> int:
-        gc.collect()
-        self._forget_dead()
-        return self._total
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, FakeTensor):
-                self._note(tensor)
-        if self._total > self.peak:  # who is dead is looked for only where it may matter
-            self._forget_dead()
-            self.peak = max(self.peak, self._total)
-        return result
-
-    def _note(self, tensor: FakeTensor) -> None:
-        storage = tensor.untyped_storage()
-        known, size = self._alive.get(storage._cdata, (None, 0))
-        if known is None or known.expired():
-            length = 0 if on_host_now() else storage.nbytes()
-            self._alive[storage._cdata] = StorageWeakRef(storage), length
-            self._total += length - size
-
-    def _forget_dead(self) -> None:
-        for key in [key for key, (storage, _) in self._alive.items() if storage.expired()]:
-            self._total -= self._alive.pop(key)[1]
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from maskops.nn import GRANULARITIES
-from maskops.purify._options import Auto, choice, number
+from maskops.purify._options import Auto, choice, number, optional
 
 LAYERS, NOISE = 1 << 20, 1 << 21
 """Added to the seed for what layers draw, and for noise: streams of their own."""
@@ -71,6 +71,9 @@ class MaskSetting(Setting):
     remake_weights: keep no effective weights, but make each layer's anew before its forward and again before its
                  backward, in memory that they share: the same result for two launches more per layer; for networks that
                  a tape can run. For ``on_epoch`` all are there
+    micro_batch_size: compute the batch of a step in parts of at most so many images, whose gradients add up: less
+                 memory and the same result but for rounding, for networks that treat images one by one; None for whole
+                 batches until memory runs out, and then halves, quarters and so on
     weight_dtype: torch.bfloat16 keeps θ in 16 bits: exact only if they are numbers of that kind; None as they are.
                  Masks are float32 then
     folded:      return plain layers with the masks folded in; otherwise masked layers
@@ -83,6 +86,7 @@ class MaskSetting(Setting):
     gate: str = "auto"
     recompute: bool = False
     remake_weights: bool = False
+    micro_batch_size: int | None = None
     weight_dtype: torch.dtype | None = None
     folded: bool = True
 
@@ -90,6 +94,7 @@ class MaskSetting(Setting):
         super().__post_init__()
         choice("purify", self, "granularity", GRANULARITIES)
         choice("purify", self, "gate", ("auto", "output", "bits"))
+        optional("purify", self, "micro_batch_size", int, 1)
         choice("purify", self, "weight_dtype", (None, torch.bfloat16))
         for name in ("recompute", "remake_weights", "folded"):
             choice("purify", self, name, (True, False))

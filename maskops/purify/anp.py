@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from maskops.optim import MaskSGD
 from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch
+from maskops.purify._images import count_held_out
 from maskops.purify._loop import OnEpoch, Purification
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional
@@ -77,6 +78,10 @@ class ANPOptions:
     def chooses_threshold(self) -> bool:
         """Whether clean images are held out for a threshold."""
         return self.threshold == "auto" and self.number is None and self.fraction is None
+
+    def learned_from(self, count: int) -> int:
+        """How many of so many clean images the masks are learned from."""
+        return count - count_held_out(count, self.held_out) if self.chooses_threshold else count
 
 
 _NEURONS = MaskSetting(layers="auto", granularity="neuron", crop="auto", flip=True)

@@ -18,7 +18,7 @@ from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch
 from maskops.purify._images import CleanImages
 from maskops.purify._loop import OnEpoch, Purification
-from maskops.purify._masks import Branch, MaskRun
+from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number
 from maskops.purify._phase import Phase
 from maskops.purify._setting import MaskSetting
@@ -238,8 +238,8 @@ class AWM(Algorithm):
     def inner(self, batch: Batch) -> dict[str, Tensor]:  # lines 4, 5
         images = self.run.sample_images(batch)
         labels = self.inner_labels.index_select(0, batch.index)
-        (loss,) = self.run.cross_entropy(images, labels, trigger=self.trigger)  # line 6
-        ascend(self.trigger, loss, self.options, self.run.team)  # line 7
+        loss, gradient = self.run.losses.trigger_gradient(images, labels, self.trigger)  # line 6
+        ascend(self.trigger, gradient, self.options, self.run.team)  # line 7
         return {"inner loss": loss}
 
     def project(self) -> None:
@@ -251,20 +251,12 @@ class AWM(Algorithm):
         perturbed = (clean + trigger).clamp(0, 1) if options.clamp else clean + trigger
         # line 11; the gradient of γ‖m‖₁ is part of the mask step
         branches = (options.alpha, clean, labels), (options.beta, perturbed, labels)
-        clean_loss, perturbed_loss = self.descend(*branches)
+        clean_loss, perturbed_loss = self.run.descend(*branches, together=self.together)
         self.masks.step()  # lines 12, 13
         return {"clean loss": clean_loss, "perturbed loss": perturbed_loss}
 
-    def descend(self, *branches: Branch) -> list[Tensor]:
-        try:
-            return self.run.descend(*branches, together=self.options.branches != "sequential")
-        except torch.OutOfMemoryError:
-            # a step that is being recorded would keep what it began
-            recording = self.trigger.is_cuda and torch.cuda.is_current_stream_capturing()
-            if recording or not self.part():
-                raise
-        self.masks.zero_grad()
-        return self.run.descend(*branches)
+    def together(self) -> bool:
+        return self.options.branches != "sequential"
 
     def part(self) -> bool:
         """Run the branches one after the other from now on; returns whether that is a change, and ours to make."""
@@ -280,12 +272,12 @@ class AWM(Algorithm):
         return self.run.finish(self.options, trigger=self.trigger)
 
 
-def ascend(trigger: Tensor, loss: Tensor, options: AWMOptions, team: Team = ALONE) -> None:
-    """One step of the trigger up the loss, of which each process has a summand, in place."""
-    if options.trigger_penalty:
-        loss = loss - options.trigger_penalty / team.size * trigger.norm()
-    (gradient,) = torch.autograd.grad(loss, trigger)
+def ascend(trigger: Tensor, gradient: Tensor, options: AWMOptions, team: Team = ALONE) -> None:
+    """One step of the trigger up the loss, of whose gradient each process has a summand, in place."""
     team.add(gradient)
+    if options.trigger_penalty:
+        (of_penalty,) = torch.autograd.grad(-options.trigger_penalty * trigger.norm(), trigger)
+        gradient = gradient + of_penalty
     trigger_step_(trigger, gradient, options.inner_lr)
     if options.project_every_step:
         project(trigger, options)

@@ -184,11 +184,8 @@ class NFT(Algorithm):
             run.report(self.on_epoch, epoch, run.model)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        mixed = _augmented(self.run, batch, self.options)
-        own, other = self.run.cross_entropy(mixed.images, mixed.labels, mixed.other_labels)
-        loss = mixed.weight * own + (1 - mixed.weight) * other
-        loss.backward()
-        self.run.add_gradients(self.run.arena)
+        loss = self.run.losses.descend_mixed(_augmented(self.run, batch, self.options))
+        self.run.add_gradients()  # those of biases, which aren't in the arena
         for optimizer in self.optimizers:
             optimizer.step()  # the gradient of η Σ|1 - m| and the floors are part of the mask step
             optimizer.zero_grad(set_to_none=False)
@@ -235,7 +232,19 @@ def _augmented(run: MaskRun, batch: Batch, options: NFTOptions) -> augment.Mixed
         return augment.Mixed(blend(images, batch.partners, weight), labels, other_labels, weight)
     if options.augmentation == "adversarial":
         with run.frozen_masks():
-            images = augment.adversarial(run.logits, images, labels, run.generator)
+            images = _adversarial(run, images, labels)
     elif options.augmentation != "none":
         images = getattr(augment, options.augmentation)(images, run.generator)
     return augment.Mixed(images, labels, labels, 1.0)
+
+
+def _adversarial(run: MaskRun, images: Tensor, labels: Tensor) -> Tensor:
+    start = run.generator.get_state()
+
+    def compute() -> Tensor:
+        perturbed = torch.empty_like(images)
+        for rows in run.parts.of(len(images)):
+            perturbed[rows] = augment.adversarial(run.logits, images[rows], labels[rows], run.generator)
+        return perturbed
+
+    return run.parts.attempt(compute, lambda: run.generator.set_state(start))

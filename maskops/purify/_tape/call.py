@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
         return getattr(self.owner, self.name)
 
 
-class Plan(NamedTuple):
+class CallPlan(NamedTuple):
     """What one kind of call keeps and computes, by which tensors require gradients.
 
     needs:   for each value, whether its gradient is needed
@@ -85,6 +85,7 @@ class Layout(NamedTuple):
 class Call:
     """The state of one call.
 
+    segments:   the :class:`Segment`s that it runs one after the other
     parameters: the tape's parameters as they now are, by slot; ``None`` for a bias that isn't there
     readers:    for each value, by how many steps it is read
     remade:     those of the parameters that are made before each use; None for none
@@ -92,14 +93,15 @@ class Call:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: CallPlan,
+        segments: Sequence[Any],
         parameters: Sequence[Tensor | None],
         casts: Casts,
         readers: Sequence[int],
         bits: bool,
         remade: Remade | None = None,
     ) -> None:
-        self.plan, self.parameters, self.bits = plan, parameters, bits
+        self.plan, self.segments, self.parameters, self.bits = plan, segments, parameters, bits
         self._remade = remade
         self._casts = casts
         self.values: list = [None] * len(readers)
@@ -130,7 +132,7 @@ class Call:
     # forward
 
     @contextmanager
-    def planned(self, plan: Plan) -> Iterator[None]:
+    def planned(self, plan: CallPlan) -> Iterator[None]:
         """Within, steps keep and compute what another plan says."""
         mine, self.plan = self.plan, plan
         yield

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
 
 from maskops.lean import lean_autograd
-from maskops.purify._tape.call import Call, Plan
+from maskops.purify._tape.call import Call, CallPlan
 from maskops.purify._tape.steps import Step
 
 _MOVES = {"cat", "chunk", "contiguous", "flatten", "getattr", "getitem", "permute", "reshape", "size", "split"}
@@ -54,7 +54,7 @@ class Generic(Step):
         self._nodes = [(node, _function(node)) for node in nodes]
         self._precision = precision
 
-    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+    def holds(self, plan: CallPlan, bits: bool) -> tuple[int, ...]:
         # what autograd keeps isn't known before, but for what only moves values
         return () if all(_moves(node) for node, _ in self._nodes) else (*self.reads, *self.writes)
 

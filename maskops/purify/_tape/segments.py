@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from maskops.purify._tape.call import Plan
+from maskops.purify._tape.call import CallPlan
 from maskops.purify._tape.steps import Step
 
 
@@ -22,7 +22,7 @@ def whole(steps: Sequence[Step]) -> list[Segment]:
     return [Segment(steps, (0,))]
 
 
-def cut(steps: Sequence[Step], sizes: Sequence[int], plan: Plan, bits: bool) -> list[Segment]:
+def cut(steps: Sequence[Step], sizes: Sequence[int], plan: CallPlan, bits: bool) -> list[Segment]:
     """The segments that need the least memory: what lies between them, and the largest of them.
 
     One segment where several would save less than a fifth: what autograd keeps isn't known before.

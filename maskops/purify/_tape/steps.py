@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskops.purify._tape.call import Call, Geometry, Plan
+from maskops.purify._tape.call import Call, CallPlan, Geometry
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ class Step:
         """The values that the step keeps as they are when these parameters are learned."""
         return ()
 
-    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+    def holds(self, plan: CallPlan, bits: bool) -> tuple[int, ...]:
         """The values that the step has as whole tensors until its backward."""
         return self.keeps(plan.learned)
 
@@ -50,7 +50,7 @@ class Gated(Step):
     output: int
     upper: float | None
 
-    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+    def holds(self, plan: CallPlan, bits: bool) -> tuple[int, ...]:
         whole = self.upper is not None and plan.needs[self.output] and not bits
         return (*self.keeps(plan.learned), self.output) if whole else self.keeps(plan.learned)
 
@@ -183,7 +183,7 @@ class ELU(Step):
         self.input, self.output, self.alpha, self.owned = input, output, alpha, owned
         self.reads, self.writes, self.overwrites = (input,), (output,), input if owned else None
 
-    def holds(self, plan: Plan, bits: bool) -> tuple[int, ...]:
+    def holds(self, plan: CallPlan, bits: bool) -> tuple[int, ...]:
         return self.writes
 
     def forward(self, call: Call) -> None:
@@ -286,7 +286,9 @@ def put_relu(call: Call, value: int, tensor: Tensor, upper: float | None) -> Non
         call.put_gated(value, tensor.relu_() if upper == math.inf else F.hardtanh_(tensor, 0, upper), upper)
 
 
-def plan(steps: list[Step], values: int, learned: list[bool], *, needs_images: bool, shared: bool, early: bool) -> Plan:
+def plan(
+    steps: list[Step], values: int, learned: list[bool], *, needs_images: bool, shared: bool, early: bool
+) -> CallPlan:
     """What a call keeps and computes when these parameters, the images or what they share require gradients."""
     needs, kept = [False] * values, [False] * values
     needs[0] = needs_images or (shared and not early)
@@ -297,4 +299,4 @@ def plan(steps: list[Step], values: int, learned: list[bool], *, needs_images: b
             needs[value] = wanted
         for value in step.keeps(learned):
             kept[value] = True
-    return Plan(needs, kept, learned, shared, early)
+    return CallPlan(needs, kept, learned, shared, early)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from maskops.purify._tape import segments
-from maskops.purify._tape.call import Call, Casts, Plan, Remade
+from maskops.purify._tape.call import Call, CallPlan, Casts, Remade
 from maskops.purify._tape.graph import RefusedError, draws, traced
 from maskops.purify._tape.segments import Segment
 from maskops.purify._tape.steps import Conv, plan
@@ -71,8 +71,7 @@ class Tape:
         self.remade: Remade | None = None
         """Asked for the parameters of each step before it runs, and again before its backward; None keeps them all."""
         self._sizes = built.sizes if recompute else None
-        self._plans: dict[tuple[bool, ...], Plan] = {}
-        self._segments: dict[int, list[Segment]] = {}
+        self._plans: dict[tuple[bool, ...], tuple[CallPlan, list[Segment]]] = {}
 
     @classmethod
     def of(cls, *arguments: Any, **options: Any) -> Tape | str:
@@ -105,46 +104,44 @@ class Tape:
         with torch.autocast(self._device, enabled=False):
             if not torch.is_grad_enabled() or not (images.requires_grad or needs_shared or any(learned)):
                 with torch.no_grad():
-                    return self._forward(self._call(self._nothing, parameters, False), images)
-            plan = self._plan(images.requires_grad, needs_shared, learned)
-            call = self._call(plan, parameters, self._bits)
+                    return self._forward(self._call(*self._nothing, parameters, False), images)
+            plan, cut = self._plan(images.requires_grad, needs_shared, learned)
+            call = self._call(plan, cut, parameters, self._bits)
             if self.on_gradient is not None:
                 used = [step.slots for step in self._steps if any(plan.needs[value] for value in step.writes)]
                 call.expect(self.on_gradient, chain.from_iterable(used))
             watched = {id(p): p for p, is_learned in zip(parameters, learned, strict=True) if is_learned}
             return _Taped.apply(self, call, images, shared, *watched.values())
 
-    def _call(self, plan: Plan, parameters: list[Tensor | None], bits: bool) -> Call:
-        return Call(plan, parameters, self._casts, self._readers, bits, self.remade)
+    def _call(self, plan: CallPlan, cut: list[Segment], parameters: list[Tensor | None], bits: bool) -> Call:
+        return Call(plan, cut, parameters, self._casts, self._readers, bits, self.remade)
 
-    def _plan(self, needs_images: bool, needs_shared: bool, learned: list[bool]) -> Plan:
+    def _plan(self, needs_images: bool, needs_shared: bool, learned: list[bool]) -> tuple[CallPlan, list[Segment]]:
+        """What a call keeps and computes, and the segments that it runs in."""
         key = needs_images, needs_shared, *learned
         if key not in self._plans:
             early = needs_shared and self._linear_first
             how = {"needs_images": needs_images, "shared": needs_shared, "early": early}
-            self._plans[key] = plan(self._steps, self._values, learned, **how)
+            found = plan(self._steps, self._values, learned, **how)
+            whole = self._sizes is None or not any(key)
+            self._plans[key] = found, segments.whole(self._steps) if whole else self._cut(found)
         return self._plans[key]
 
-    def _segments_of(self, plan: Plan) -> list[Segment]:
-        key = id(plan)
-        if key not in self._segments:
-            whole = self._sizes is None or plan is self._nothing
-            found = segments.whole(self._steps) if whole else segments.cut(self._steps, self._sizes, plan, self._bits)
-            self._segments[key] = found
-        return self._segments[key]
+    def _cut(self, plan: CallPlan) -> list[Segment]:
+        return segments.cut(self._steps, self._sizes, plan, self._bits)
 
     @property
-    def _nothing(self) -> Plan:
+    def _nothing(self) -> tuple[CallPlan, list[Segment]]:
         """For a call without a backward."""
         return self._plan(False, False, [False] * len(self._slots))
 
     def _forward(self, call: Call, images: Tensor) -> Tensor:
         values = call.values
         values[0] = images
-        *early, last = self._segments_of(call.plan)
+        *early, last = call.segments
         for number, segment in enumerate(early):
             call.inputs[number] = [values[value] for value in segment.inputs]
-            with call.planned(self._nothing):
+            with call.planned(self._nothing[0]):
                 _run(segment, call)
         _run(last, call)
         logits, values[self._logits] = values[self._logits], None
@@ -154,7 +151,7 @@ class Tape:
         """The gradients of the images and of what they share."""
         plan = call.plan
         call.deliver(self._logits, grad)
-        for number, segment in reversed(list(enumerate(self._segments_of(plan)))):
+        for number, segment in reversed(list(enumerate(call.segments))):
             if number in call.inputs:
                 self._run_again(segment, call, call.inputs.pop(number))
             for step in reversed(segment.steps):
