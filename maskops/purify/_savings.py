@@ -24,8 +24,8 @@ SAVINGS: tuple[tuple[str, Any], ...] = (
     ("offload", True),
 )
 """Options of methods and settings with the values that save memory, in the order in which a plan adds them: from those
-that cost little to those that change the result, and one that costs much. Of ``micro_batch_size`` it is the share of a batch that it may come
-down to, but for one image."""
+that cost little to those that change the result, and at last one that costs much. Of ``micro_batch_size`` it is the
+share of a batch that it may come down to, but for one image."""
 
 
 def out_of_memory(
