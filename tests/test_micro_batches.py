@@ -157,7 +157,8 @@ def test_where_one_image_is_too_much_the_error_says_what_is_left(clean_data, sma
     assert str(caught.value) == (
         "awm: memory ran out in the inner phase; the model is left as it was; "
         f"checkpoint {file} has the state at the beginning; not in use yet: branches='sequential', recompute=True, "
-        "step_in_backward=True, state_bits=8, dtype=torch.bfloat16, weight_dtype=torch.bfloat16; "
+        "step_in_backward=True, remake_weights=True, state_bits=8, dtype=torch.bfloat16, "
+        "weight_dtype=torch.bfloat16, mask_bits=16, offload=True; "
         "see maskops.plan(model, 'awm', shape=(2, 8, 8), classes=…, memory=…) "
         "(out of memory. Tried to allocate 2 GiB)"
     )
