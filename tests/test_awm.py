@@ -266,9 +266,9 @@ def test_branches_follow_one_another_where_memory_for_both_at_once_runs_out(clea
     expected = awm(network, clean_data, branches="sequential", **options)
     descend, calls = Losses._descend, []
 
-    def descend_in_little_memory(losses, *branches):
+    def descend_in_little_memory(losses, *branches, **how):
         calls.append(len(branches) > 1)
-        found = descend(losses, *branches)
+        found = descend(losses, *branches, **how)
         if len(branches) > 1:  # when a gradient has been added
             raise torch.OutOfMemoryError("out of memory")
         return found

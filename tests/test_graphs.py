@@ -164,12 +164,12 @@ def test_a_recording_that_runs_out_of_memory_is_made_again_of_one_branch_after_t
     def for_images_on_a_gpu(options, images):
         return replace(for_images(options, images), branches=options.branches)
 
-    def noted(losses, *branches):
+    def noted(losses, *branches, **how):
         calls.append(len(branches) > 1)
-        return descend(losses, *branches)
+        return descend(losses, *branches, **how)
 
-    def descend_three_times_together(losses, *branches):
-        found = noted(losses, *branches)
+    def descend_three_times_together(losses, *branches, **how):
+        found = noted(losses, *branches, **how)
         if given == "auto" and len(branches) > 1 and sum(calls) > 3:
             raise torch.OutOfMemoryError("out of memory")
         return found

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
-from torch.overrides import TorchFunctionMode
 
 from maskops.arena import MaskArena
 from maskops.lean import lean_autograd
 from maskops.purify._at_hand import AtHand
 from maskops.purify._fake import has_data
+from maskops.purify._readers import BATCH_NORMS, CONVOLUTIONS, Readers
 from maskops.purify._tape import Tape, untouched
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -118,7 +115,7 @@ class WorkingModel(PixelModel):
         with torch.no_grad(), self._precision(example):
             seen = self.normalise(example).clone()
             before = seen.clone()
-            with _Readers() as readers:
+            with Readers() as readers:
                 logits = _logits(readers.watch(self.network, seen))
         self.overwrites = has_data() and not torch.equal(seen, before)
         self.unused = [name for name in masked if not readers.reads(self.network.get_submodule(name).weight)]
@@ -289,83 +286,11 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-class _Readers(TorchFunctionMode):
-    """During one forward: which layers make and read which tensors, and how many functions read each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs: dict[nn.Module, list[Tensor]] = {}
-        self.outputs: dict[nn.Module, list[Tensor]] = {}
-        self._counts: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # so that no id is given twice
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        # shapes, dtypes and the like are no readers: only what makes or changes a tensor is
-        if func is Tensor.__setitem__ or any(True for _ in _tensors(result)):
-            self._count((args, kwargs))
-        return result
-
-    def watch(self, network: nn.Module, images: Tensor) -> Any:
-        def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            # a layer called by keyword is a layer of which nothing is known
-            if inputs:
-                self.inputs.setdefault(module, []).append(inputs[0])
-                self.outputs.setdefault(module, []).append(output)
-
-        # a layer with hooks or a forward of its own may do more than its class says
-        layers = [
-            module
-            for module in network.modules()
-            if type(module) in (*_CONVOLUTIONS, *_BATCH_NORMS, nn.Linear)
-            and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        ]
-        handles = [layer.register_forward_hook(record) for layer in layers]
-        self.images = images
-        try:
-            result = network(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._count(result)
-        return result
-
-    def reads(self, tensor: Tensor) -> int:
-        """How many functions read the tensor."""
-        return self._counts.get(id(tensor), 0)
-
-    def sole_output(self, module: nn.Module) -> Tensor | None:
-        """What the module returned, if it ran once and exactly one function read that."""
-        return self._read_once(self.outputs.get(module, []))
-
-    def sole_input(self, module: nn.Module) -> Tensor | None:
-        """What the module read, if it ran once and nothing else read that."""
-        return self._read_once(self.inputs.get(module, []))
-
-    def _read_once(self, tensors: list[Tensor]) -> Tensor | None:
-        return tensors[0] if len(tensors) == 1 and self.reads(tensors[0]) == 1 else None
-
-    def _count(self, value: Any) -> None:
-        for tensor in {id(tensor): tensor for tensor in _tensors(value)}.values():
-            self._alive.append(tensor)
-            self._counts[id(tensor)] = self.reads(tensor) + 1
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
-def _fold_batch_norms(network: nn.Module, readers: _Readers, masked: Collection[str]) -> None:
+def _fold_batch_norms(network: nn.Module, readers: Readers, masked: Collection[str]) -> None:
     """Fold each batch norm that alone reads a layer's output into that layer's weight and bias."""
     kept = {network.get_submodule(name) for name in masked}
-    makers = {id(readers.sole_output(module)): module for module in readers.outputs if type(module) not in _BATCH_NORMS}
-    for norm in [module for module in readers.outputs if type(module) in _BATCH_NORMS and module not in kept]:
+    makers = {id(readers.sole_output(module)): module for module in readers.outputs if type(module) not in BATCH_NORMS}
+    for norm in [module for module in readers.outputs if type(module) in BATCH_NORMS and module not in kept]:
         image = readers.sole_input(norm)
         layer = None if image is None else makers.get(id(image))
         if layer is None or norm.running_mean is None or (type(layer) is nn.Linear and image.dim() != 2):
@@ -392,10 +317,10 @@ def _keep_running_statistics(network: nn.Module) -> None:
             module.momentum = 0.0
 
 
-def _first_convolution(network: nn.Module, readers: _Readers) -> str | None:
+def _first_convolution(network: nn.Module, readers: Readers) -> str | None:
     """The name of the convolution that alone reads the images, if there is one."""
     for name, module in network.named_modules():
-        if type(module) in _CONVOLUTIONS and readers.sole_input(module) is readers.images:
+        if type(module) in CONVOLUTIONS and readers.sole_input(module) is readers.images:
             return name
     return None
 
