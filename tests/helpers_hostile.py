@@ -6,12 +6,15 @@ import io
 import pickle
 import resource
 import struct
+import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+from maskops.data import load_images
 
 _ZIP_EXTRAS = {"version": b"3\n", "byteorder": b"little"}
 
@@ -104,3 +107,14 @@ def nothing_but(name: str, folder: Path | None = None):
     folder = Path.cwd() if folder is None else folder
     yield
     assert list(tree(folder)) == [name]
+
+
+def line_of(path, **options):
+    """The one printable line of the refusal, which may take neither time nor memory."""
+    start = time.monotonic()
+    with little_memory(), pytest.raises((ValueError, TypeError)) as caught:
+        load_images(path, **options)
+    assert time.monotonic() - start < 10
+    message = str(caught.value)
+    assert message.isprintable() and message.startswith(("load_images: ", "read_cifar: ")) and len(message) < 1500
+    return message

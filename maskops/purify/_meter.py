@@ -22,12 +22,15 @@ class Meter(TorchDispatchMode):
 
     def __enter__(self) -> Meter:
         gc.collect()
-        gc.freeze()  # what is there before isn't looked through each time
+        self._froze = gc.get_freeze_count() == 0  # else somebody has, for reasons of theirs
+        if self._froze:
+            gc.freeze()  # what is there before isn't looked through each time
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        gc.unfreeze()
+        if self._froze:
+            gc.unfreeze()
 
     def begin(self) -> None:
         """Forget the peak so far."""
