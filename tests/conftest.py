@@ -12,6 +12,10 @@ if torch.cuda.is_available():
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     _no_emulator = cuda_emulator.load()
+    if find_spec("triton"):
+        import triton_interpreter
+
+        triton_interpreter.hasten()
 
 from benchmarks.kernels.table import kernel_names
 from maskops import _dispatch, demo
