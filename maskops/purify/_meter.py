@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -12,6 +14,20 @@ from torch.utils._pytree import tree_iter
 from maskops._memory import on_host_now
 
 
+@contextmanager
+def garbage_of_its_own() -> Iterator[None]:
+    """Within, what is there before isn't looked through whenever a meter collects garbage."""
+    gc.collect()
+    froze = gc.get_freeze_count() == 0  # else somebody has, for reasons of theirs
+    if froze:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if froze:
+            gc.unfreeze()
+
+
 class Meter(TorchDispatchMode):
     """Counts within: :attr:`peak` is the most at one time."""
 
@@ -19,18 +35,6 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._total = self.peak = 0
-
-    def __enter__(self) -> Meter:
-        gc.collect()
-        self._froze = gc.get_freeze_count() == 0  # else somebody has, for reasons of theirs
-        if self._froze:
-            gc.freeze()  # what is there before isn't looked through each time
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        if self._froze:
-            gc.unfreeze()
 
     def begin(self) -> None:
         """Forget the peak so far."""

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from maskops._memory import host_memory
 from maskops.purify._algorithm import Algorithm
 from maskops.purify._fake import fake_copy
-from maskops.purify._meter import Meter
+from maskops.purify._meter import Meter, garbage_of_its_own
 from maskops.purify._options import settle
 from maskops.purify._phase import Phase
 from maskops.purify._savings import SAVINGS
@@ -133,7 +133,8 @@ def plans(
     known = {field.name for of in chosen for field in fields(of)} - options.keys()
     wide = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     savings = [saving for saving in SAVINGS if saving[0] in known and (wide or "dtype" not in saving[0])]
-    return [search.fitted(memory, batch, savings) for memory in memories]
+    with garbage_of_its_own():
+        return [search.fitted(memory, batch, savings) for memory in memories]
 
 
 class _Search:
