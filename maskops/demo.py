@@ -38,7 +38,8 @@ _LEGEND = f"""\
    asr_excl  the same without the digits that are a {TARGET}
    RA        digits with the square, other than {TARGET}, that are read right"""
 _FILES = """\
-   report.png              what happened, as a picture: look at this first
+   report.html             what happened, as a page for a browser: look at this first
+   report.png              the same as one picture
    model.safetensors       the purified network
    masks.safetensors       the factors that were learned
    result.json             all numbers and settings
@@ -137,7 +138,9 @@ def run(folder: str | os.PathLike, device: str | torch.device = "cpu", seed: int
         changes = {**SETTINGS, "epochs": epochs, "lr_decay_epochs": max(1, epochs // 2)}
         result = awm(model, clean, on_epoch=on_epoch, device=device, seed=seed, **changes)
         after = evaluate(result.model, *test, TRIGGER, TARGET)
-        no_picture = report.write(results, result, before, after, clean[0], curves=curves)
+        inputs = {"clean_images": CLEAN_IMAGES, "evaluation_images": len(test[1]), "target": TARGET}
+        about = {"curves": curves, "trigger": TRIGGER, "notes": {"inputs": {**inputs, "trigger": str(TRIGGER)}}}
+        no_picture = report.write(results, result, before, after, clean[0], **about)
         save_state_dict(results / "backdoored.safetensors", model.state_dict())
         arrays = dict(zip(("x_train", "y_train", "x_test", "y_test"), (*train, *test), strict=True))
         np.savez_compressed(results / "digits.npz", **arrays)

@@ -98,6 +98,7 @@ def test_purify_writes_model_masks_numbers_and_a_picture(purify, tmp_path, capsy
         "model.safetensors",
         "masks.safetensors",
         "result.json",
+        "report.html",
         "report.png",
     }
     masks, options = load_masks(tmp_path / "out" / "masks.safetensors")

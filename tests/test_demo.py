@@ -31,7 +31,7 @@ def test_the_demo_removes_the_backdoor_and_leaves_its_files(tmp_path, capsys):
         assert words in printed
     found = {path.name for path in (tmp_path / "out").iterdir()}
     files = {"model.safetensors", "masks.safetensors", "result.json", "backdoored.safetensors", "digits.npz"}
-    assert found == {*files, "report.png"}
+    assert found == {*files, "report.html", "report.png"}
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     masks, options = load_masks(tmp_path / "out" / "masks.safetensors")
     assert options["method"] == "awm" and result["options"] == options

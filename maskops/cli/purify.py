@@ -135,9 +135,14 @@ def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processe
             return
         after = measure(result.model)
         inputs = {name: str(getattr(arguments, name)) for name in ("arch", "weights", "clean", "eval", "trigger")}
-        notes = {"inputs": {**inputs, "target": arguments.target, "clean_images": len(clean[1])}}
-        measured = [] if curves is None else curves.measured
-        _conclude(folder, out, result, before, after, clean[0], measured, notes)
+        counts = {"clean_images": len(clean[1]), "evaluation_images": len(evaluation[1])}
+        about = {
+            "curves": [] if curves is None else curves.measured,
+            "trigger": arguments.trigger,
+            "preset": arguments.preset,
+            "notes": {"inputs": {**inputs, "target": arguments.target, **counts}},
+        }
+        _conclude(folder, out, result, before, after, clean[0], about)
     unfinished.remove(out)
 
 
@@ -260,15 +265,13 @@ def _conclude(
     before: Metrics,
     after: Metrics,
     images: Tensor,
-    curves: Sequence[Metrics],
-    notes: dict[str, Any],
+    about: dict[str, Any],
 ) -> None:
-    """Write and print the results."""
+    """Write and print the results; ``about`` are more arguments of :func:`maskops.report.write`."""
     known = before.asr_excl is not None and not math.isnan(before.asr_excl)
     effectiveness = der(before, after) if known else None
-    notes = {**notes, "der": effectiveness}
     try:
-        no_picture = report.write(folder, result, before, after, images, curves=curves, notes=notes)
+        no_picture = report.write(folder, result, before, after, images, **about)
     except (CheckpointError, OSError) as error:  # the inputs were all right
         raise RuntimeError(str(error)) from error
     print(report.measured(before, after))
