@@ -72,7 +72,7 @@ def test_without_matplotlib_everything_else_is_written(purified, tmp_path, monke
         reason = report.write(folder, result, before, after, images, curves=curves)
     assert "matplotlib" in reason and "\n" not in reason
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"model.safetensors", "masks.safetensors", "result.json"}
+    assert names == {"model.safetensors", "masks.safetensors", "result.json", "report.html"}
 
 
 def test_the_numbers_can_be_read_back(purified, tmp_path):

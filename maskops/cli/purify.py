@@ -98,7 +98,8 @@ def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processe
     with report.results_folder(out) if leads else nullcontext() as folder:
         with team.all_or_none():
             model = _load_model(arguments).to(changes["device"])
-            clean, evaluation = _load_data(arguments, changes.get("seed", method.presets["paper"].setting.seed))
+            seed = changes.get("seed", method.presets["paper"].setting.seed)
+            clean, evaluation, warnings = _load_data(arguments, seed)
             _check_channels(clean[0].shape[1], changes)
             measure = partial(_measure, arguments, evaluation, changes)
             before = measure(model)  # in every process, as all that is measured: none waits for another
@@ -119,7 +120,8 @@ def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processe
                 if leads and arguments.curves:
                     curves = unfinished.Curves(out, folder, state.exists())
             how = {"preset": arguments.preset, "on_epoch": on_epoch, "checkpoint": state, "resume": arguments.resume}
-            result = method.run(model, clean, **how, **changes)
+            with report.heard_warnings() as heard:
+                result = method.run(model, clean, **how, **changes)
             if leads:
                 unfinished.remove(folder)
         except BaseException as error:
@@ -140,7 +142,10 @@ def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processe
             "curves": [] if curves is None else curves.measured,
             "trigger": arguments.trigger,
             "preset": arguments.preset,
-            "notes": {"inputs": {**inputs, "target": arguments.target, **counts}},
+            "notes": {
+                "inputs": {**inputs, "target": arguments.target, **counts},
+                "warnings": [*warnings, *heard],
+            },
         }
         _conclude(folder, out, result, before, after, clean[0], about)
     unfinished.remove(out)
@@ -217,8 +222,8 @@ def _listed(title: str, names: Sequence[str]) -> str:
     return f"{title} {', '.join(names[:_NAMED_KEYS])}{more}" if names else ""
 
 
-def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
-    """Clean images for the purification, and others to measure on."""
+def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair, list[str]]:
+    """Clean images for the purification, others to measure on, and what is to be known of them."""
     images, labels = _load_images(arguments.clean, arguments.size)
     evaluation = _load_images(arguments.eval, arguments.size)
     if evaluation[0].shape[1:] != images.shape[1:]:
@@ -239,9 +244,10 @@ def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
     seen = _count_shared(originals, evaluation[0])
     if seen == len(originals):
         raise ValueError("all clean images are among those of --eval: measure on others, e.g. file.npz:test")
-    if seen:
-        print(f"warning: {seen} of {len(originals)} clean images are among those of --eval too", file=sys.stderr)
-    return clean, evaluation
+    warnings = [f"{seen} of {len(originals)} clean images are among those of --eval too"] if seen else []
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return clean, evaluation, warnings
 
 
 def _load_images(path: str, size: int | None) -> Pair:

@@ -16,7 +16,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, mark
     """A table whose first column names the rows; cells of :class:`str` that aren't numbers go to the left."""
     numeric = [all(_is_numeric(row[place]) for row in rows) for place in range(len(head))]
     kinds = [None if place == 0 or not numeric[place] else "number" for place in range(len(head))]
-    top = [element("th", name, scope="col", class_=kind) for name, kind in zip(head, kinds, strict=True)]
+    top = [
+        element("th", name, scope="col", class_=kind) if name else element("td")
+        for name, kind in zip(head, kinds, strict=True)
+    ]
     body = []
     for index, (first, *rest) in enumerate(rows):
         cells = [element("td", cell, class_=kind) for cell, kind in zip(rest, kinds[1:], strict=True)]

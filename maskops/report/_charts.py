@@ -21,7 +21,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM, _HEIGHT = 52, 12, 12, 36, 220
 _KINDS = 4
 _MOST_POINTS, _MARKED = 400, 25
 _MARKERS = ("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-3-3h6v6h-6z", "M0-4l4 7h-8z", "M0-4l4 4l-4 4l-4-4z")
-_LETTERS, _LETTER_WIDTH = 20, 5.6
+_LETTERS, _LETTER_WIDTH = 18, 6.4
 _ROW_HEIGHTS, _MOST_ROWS_HEIGHT, _NAME_HEIGHT = (2, 18), 440, 13
 
 Value = float | None
@@ -200,23 +200,19 @@ def heat_map(
     least, most = _ROW_HEIGHTS
     high = round(max(least, min(most, _MOST_ROWS_HEIGHT / len(rows))), 2)
     named = math.ceil(_NAME_HEIGHT / high)
-    left = math.ceil(12 + _LETTER_WIDTH * max(min(len(name), _LETTERS) for name, _ in rows[::named]))
-    width, height = WIDTH - left - _RIGHT, high * len(rows)
-    names = [
-        element("text", _shortened(name), x=left - 6, y=round(high * (index + 0.5) + 4 + 2, 1), text_anchor="end")
-        for index, (name, _) in list(enumerate(rows))[::named]
-    ]
-    cells = [_cells(level, rows, left, width, high) for level in range(LEVELS)]
-    hover = [
-        element("rect", element("title", name), x=left, y=round(2 + high * index, 2), width=width, height=high)
-        for index, (name, _) in enumerate(rows)
-    ]
+    names = list(enumerate(_shortened([name for name, _ in rows])))[::named]
+    left = math.ceil(12 + _LETTER_WIDTH * max(len(name) for _, name in names))
+    width, height = WIDTH - left - _RIGHT, round(high * len(rows), 1)
     foot = height + 4
+    hover = [_hover(name, left, index * high, width, high) for index, (name, _) in enumerate(rows)]
     drawn = (
-        element("rect", x=left, y=2, width=width, height=round(height, 1), class_="empty"),
-        cells,
+        element("rect", x=left, y=2, width=width, height=height, class_="empty"),
+        [_cells(level, rows, f"translate({left} 2)", width, high) for level in range(LEVELS)],
         element("g", hover, class_="hover"),
-        names,
+        [
+            element("text", name, x=left - 6, y=round(high * (index + 0.5) + 6, 1), text_anchor="end")
+            for index, name in names
+        ],
         [_x_tick(left + share * width, label, foot, grid=False) for share, label in ticks],
         element("text", along, x=left + width / 2, y=foot + 29, text_anchor="middle"),
     )
@@ -225,22 +221,48 @@ def heat_map(
 
 
 def _cells(
-    level: int, rows: Sequence[tuple[str, Sequence[int | None]]], left: float, width: float, high: float
-) -> Markup | None:
-    path = []
+    level: int, rows: Sequence[tuple[str, Sequence[int | None]]], place: str, width: float, high: float
+) -> list[Markup]:
+    """All cells of a level: one path for the rows of each length, in whole cells."""
+    paths: dict[int, list[str]] = {}
     for index, (_, row) in enumerate(rows):
-        each, at = width / len(row), 0
+        at = 0
         for found, run in groupby(row):
             count = len(list(run))
             if found == level:
-                start, end = round(left + at * each, 1), round(left + (at + count) * each, 1)
-                path.append(f"M{start} {round(2 + high * index, 2)}H{end}v{high}H{start}z")
+                paths.setdefault(len(row), []).append(f"M{at} {index}h{count}v1h-{count}z")
             at += count
-    return element("path", d="".join(path), class_=f"s{level}") if path else None
+    return [
+        element("path", d="".join(path), transform=f"{place} scale({width / cells:.4f} {high})", class_=f"s{level}")
+        for cells, path in paths.items()
+    ]
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"
+def _hover(name: str, x: float, y: float, width: float, height: float) -> Markup:
+    return element("rect", element("title", name), x=x, y=round(y + 2, 2), width=width, height=height)
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    """Where one is long: names without what all begin and end with, and of those that are still long their two ends.
+
+    >>> _shortened(["a.0", "a.1"]), _shortened(["the_network.a.0.conv", "the_network.a.1.conv"])
+    (['a.0', 'a.1'], ['0', '1'])
+    >>> _shortened(["a_name_of_more_letters"])
+    ['a_nam…more_letters']
+    """
+    if max(map(len, names)) <= _LETTERS:
+        return list(names)
+    parts = [name.split(".") for name in names]
+    first, last = (_common([each[::way] for each in parts]) for way in (1, -1))
+    if first + last < min(map(len, parts)):
+        names = [".".join(each[first : len(each) - last]) for each in parts]
+    head = _LETTERS // 3 - 1
+    return [name if len(name) <= _LETTERS else f"{name[:head]}…{name[head + 1 - _LETTERS :]}" for name in names]
+
+
+def _common(parts: Sequence[Sequence[str]]) -> int:
+    """How many parts the names have in common at their beginning."""
+    return next((index for index, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), 0)
 
 
 def _swatch(level: int, name: str) -> Markup:

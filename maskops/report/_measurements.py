@@ -111,7 +111,7 @@ def course_section(content: Mapping[str, Any]) -> Markup | None:
         "Course of the run",
         element("div", charts, class_="figures") if charts else None,
         element("p", "Noted once: ", "; ".join(alone), ".") if alone else None,
-        _history(content["history"]) if charts else None,
+        _history(content["history"]) if charts and content["history"] else None,
     )
 
 

@@ -35,6 +35,7 @@ def content(
     options = plain(result.options)
     measured = before.asr_excl is not None and after.asr_excl is not None
     found = {
+        "warnings": list(notes.get("warnings", ())),
         "preset": preset,
         "differs_from_preset": _differing(options, preset),
         "before": before,

@@ -32,7 +32,7 @@ def page(
     title = _title(content)
     body = join(
         element("header", element("h1", title), element("p", summary(content), class_="lead"), _cards(content)),
-        [element("p", "Warning: ", warning, class_="warning") for warning in content.get("warnings") or ()],
+        [element("p", "Warning: ", warning, class_="warning") for warning in content["warnings"]],
         measurements_section(content),
         course_section(content),
         trigger_section(content, images, triggers),

@@ -17,7 +17,7 @@ from maskops.report._sentences import count
 
 _TRIGGER_PIXELS, _IMAGE_PIXELS = 128, 96
 _SMALL = 64  # up to this many pixels, each is to be seen
-_COLUMNS = 96
+_COLUMNS = 64
 _SHARES = (0.1, 1, 5, 20, 50)
 _LOST = (0.01, 0.1, 0.25, 0.5, 0.75)
 _NAMED_NEURONS = 40

@@ -20,7 +20,7 @@ p{margin:.25rem 0 .75rem;max-width:46rem}
 .lead{font-size:1.15rem}
 .meanings,.note,figcaption p,small,footer{color:var(--soft);font-size:.875rem}
 small{display:block}
-.warning{background:var(--mark);padding:.5rem .75rem;border-radius:.4rem;max-width:46rem}
+.warning{background:var(--mark);padding:.5rem .75rem;border-radius:.4rem;margin-top:1rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.75rem;margin:1.25rem 0 0}
 .cards div{background:var(--card);border:1px solid var(--rule);border-radius:.6rem;padding:.7rem .9rem}
 .cards dt{color:var(--soft);font-size:.875rem}
