@@ -112,6 +112,21 @@ def test_purify_writes_model_masks_numbers_and_a_picture(purify, tmp_path, capsy
     assert result["after"]["asr_all"] == pytest.approx(after.asr_all) and len(masks) == 4
 
 
+def test_the_report_knows_what_was_warned_of_and_what_was_given(purify, files, tmp_path, capsys):
+    arrays = np.load(files / "digits.npz")
+    mixed = {name: np.concatenate([arrays[f"{name}_train"][:30], arrays[f"{name}_test"][:5]]) for name in "xy"}
+    np.savez(tmp_path / "mixed.npz", **{f"{name}_train": array for name, array in mixed.items()})
+    assert purify("--preset", "official", clean=f"{tmp_path / 'mixed.npz'}:train", n=None) == 0
+    warning = "5 of 35 clean images are among those of --eval too"
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["warnings"] == [warning] and result["preset"] == "official"
+    assert result["inputs"]["clean_images"] == 35 and result["inputs"]["evaluation_images"] == 500
+    assert result["triggers"].keys() == {"recovered", "real"} and 0 <= result["der"] <= 1
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"Warning: {warning}" in page and "taken for class 0" in page
+
+
 @pytest.fixture
 def stopped(purify, tmp_path, monkeypatch, capsys):
     """A folder with a run that Ctrl-C stopped in its second epoch."""

@@ -17,19 +17,23 @@ _UNMEASURED = (
 _DER = "what the attack lost against what the accuracy lost, from 0 to 1; 0.5 is no change"
 _MOST_ROWS = 200
 _LEAST_LOST_CLASSES = 10
+_RATES = "Accuracy and attack success"
+_MASKS = "The masks are learned"
+_OUTER = "Outer phase: the masks are learned"
+_INNER = "Inner phase: the search for a trigger"
 _PANELS = {
-    "inner loss": "Inner phase: the search for a trigger",
+    "inner loss": _INNER,
     "outer loss": "Outer phase: the trigger is unlearned",
     "unlearning loss": "Unlearning",
     "recovery loss": "Recovery: the masks are learned",
     "curve loss": "Along the curve",
-    "pruned neurons": "Pruning",
 }
 """history -> the chart it stands in; the others share one."""
 _NOTES = {
-    "Inner phase: the search for a trigger": "Cross entropy of images with the trigger that is looked for, which it "
-    "raises within each epoch. From epoch to epoch the masks leave it less to find.",
-    "Outer phase: the masks are learned": "Cross entropy of clean and of perturbed images, which the masks lower.",
+    _RATES: "Measured after every epoch; 0 is the model as it came.",
+    _INNER: "Cross entropy of images with the trigger that is looked for, which it raises within each epoch. From "
+    "epoch to epoch the masks leave it less to find.",
+    _OUTER: "Cross entropy of clean images and of those with the trigger that was found, which the masks lower.",
 }
 
 
@@ -93,45 +97,45 @@ def _classes(content: Mapping[str, Any]) -> Markup | None:
 
 
 def course_section(content: Mapping[str, Any]) -> Markup | None:
+    history = content["history"]
+    others = _MASKS if content["masks"] is not None else "Training"
+    others = _OUTER if "inner loss" in history else others
     panels: dict[str, list[Line]] = {}
-    rest = "Outer phase: the masks are learned" if "inner loss" in content["history"] else "Training"
-    for name, values in content["history"].items():
-        panels.setdefault(_PANELS.get(name, rest), []).append(Line(name, values))
-    charts = [
-        lines(title, of, "epoch", "cross entropy", _NOTES.get(title))
-        for title, of in panels.items()
-        if max(len(line.values) for line in of) > 1
-    ]
-    if content["curves"]:
-        charts.insert(0, _measured(content))
-    alone = [f"{name}: {number(values[0])}" for name, values in content["history"].items() if len(values) == 1]
+    for name, values in history.items():
+        if len(values) > 1:
+            panels.setdefault(_PANELS.get(name, others), []).append(Line(name, values))
+    rates = _rates(content)
+    charts = [lines(_RATES, rates, "epoch", "%", _NOTES[_RATES], span=(0, 100))] if content["curves"] else []
+    charts += [lines(title, of, "epoch", "loss", _NOTES.get(title)) for title, of in panels.items()]
+    alone = [f"{name}: {number(values[0])}" for name, values in history.items() if len(values) == 1]
     if not charts and not alone:
         return None
     return section(
         "Course of the run",
         element("div", charts, class_="figures") if charts else None,
         element("p", "Noted once: ", "; ".join(alone), ".") if alone else None,
-        _history(content["history"]) if charts and content["history"] else None,
+        _numbers([line for of in panels.values() for line in of], rates) if charts else None,
     )
 
 
-def _measured(content: Mapping[str, Any]) -> Markup:
+def _rates(content: Mapping[str, Any]) -> list[Line]:
+    """Percentages after each epoch; before the first they are those of the model as it came."""
     measurements = [content["before"], *content["curves"]]
-    of = [
+    return [
         Line(name, [None if one[field] is None else 100 * one[field] for one in measurements], 0)
         for field, (name, _) in SHARES.items()
         if content["before"][field] is not None
     ]
-    note = "Measured after every epoch; 0 is the model as it came."
-    return lines("Accuracy and attack success", of, "epoch", "%", note, span=(0, 100))
 
 
-def _history(history: Mapping[str, Sequence[float | None]]) -> Markup:
-    most = max(len(values) for values in history.values())
+def _numbers(losses: Sequence[Line], rates: Sequence[Line]) -> Markup:
+    columns = {line.name: line.values for line in losses}
+    columns |= {f"{line.name} %": line.values[1:] for line in rates if len(line.values) > 1}
+    most = max(map(len, columns.values()))
     step = -(-most // _MOST_ROWS)
     rows = [
-        (index + 1, *(number(values[index]) if index < len(values) else "—" for values in history.values()))
+        (index + 1, *(number(values[index]) if index < len(values) else "—" for values in columns.values()))
         for index in sorted({*range(0, most, step), most - 1})
     ]
-    caption = "Means of each epoch" + (f"; every {step}th, and the last" if step > 1 else "")
-    return folded("Numbers of these curves", table(("epoch", *history), rows, caption))
+    caption = "Of each epoch" + (f"; every {step}th, and the last" if step > 1 else "") + "; losses are means"
+    return folded("Numbers of these curves", table(("epoch", *columns), rows, caption))
