@@ -128,7 +128,7 @@ def test_pruned_neurons_are_named(tmp_path):
     assert f"no. {', '.join(map(str, first))}" in seen.words
 
 
-def test_text_from_outside_never_becomes_markup(tmp_path):
+def test_text_from_outside_never_becomes_markup(tmp_path, monkeypatch):
     result = made_up(
         masks={f"{HOSTILE}.mask": torch.rand(4, 3)},
         history={HOSTILE: [1.0, 0.5]},
@@ -136,12 +136,10 @@ def test_text_from_outside_never_becomes_markup(tmp_path):
         options={"method": HOSTILE, "device": HOSTILE, HOSTILE: [HOSTILE]},
         execution={HOSTILE: HOSTILE},
     )
-    notes = {"inputs": {"weights": f"/a/{HOSTILE}\udcff", HOSTILE: HOSTILE, "target": HOSTILE}, "warnings": [HOSTILE]}
-    _write.save_masks, save = lambda *arguments: None, _write.save_masks  # safetensors refuses such a name
-    try:
-        seen, _ = read(tmp_path, result, notes=notes, preset=HOSTILE)
-    finally:
-        _write.save_masks = save
+    inputs = {"weights": f"/a/{HOSTILE}\udcff", HOSTILE: HOSTILE, "target": HOSTILE, "clean_images": HOSTILE}
+    notes = {"inputs": inputs, "warnings": [HOSTILE]}
+    monkeypatch.setattr(_write, "save_masks", lambda *arguments: None)  # such a name isn't for safetensors
+    seen, _ = read(tmp_path, result, notes=notes, preset=HOSTILE)
     assert {tag for tag, *_ in seen.tags} <= TAGS
     assert not any(name.startswith("on") for _, attributes, _ in seen.tags for name in attributes)
     assert seen.words.count("<script>alert(1)</script>") > 10

@@ -35,11 +35,11 @@ class Distribution:
 
     @classmethod
     def of(cls, masks: Mapping[str, Tensor]) -> Distribution:
-        values = {name: mask.detach().float().cpu() for name, mask in masks.items()}
-        low = min(0.0, *(float(mask.min()) for mask in values.values()))
-        high = max(1.0, *(float(mask.max()) for mask in values.values()))
+        low = min(0.0, *(float(mask.min()) for mask in masks.values()))
+        high = max(1.0, *(float(mask.max()) for mask in masks.values()))
         edges = np.linspace(low, high, INTERVALS + 1).tolist()
-        return cls(edges, {name: _summary(mask, low, high) for name, mask in values.items()})
+        # one after the other: 16-bit masks would be as large again
+        return cls(edges, {name: _summary(mask.detach().float().cpu(), low, high) for name, mask in masks.items()})
 
     def shares(self) -> np.ndarray:
         """(layers, INTERVALS) percent of each layer's values."""

@@ -32,7 +32,7 @@ _PANELS = {
 _NOTES = {
     _RATES: "Measured after every epoch; 0 is the model as it came.",
     _INNER: "Cross entropy of images with the trigger that is looked for, which it raises within each epoch. From "
-    "epoch to epoch the masks leave it less to find.",
+    "epoch to epoch there should be less to find.",
     _OUTER: "Cross entropy of clean images and of those with the trigger that was found, which the masks lower.",
 }
 
@@ -50,9 +50,9 @@ def measurements_section(content: Mapping[str, Any]) -> Markup:
             known.append((name, *(100 * value for value in values)))
     if content.get("der") is not None:
         rows.append(("DER", "0.500", f"{content['der']:.3f}", _change(content["der"] - 0.5, 3)))
-    count = (content.get("inputs") or {}).get("evaluation_images")
-    caption = "Measured on the same images before and after" + (f", {count:,} of them" if count else "")
-    numbers = table(("", "before", "after", "change"), rows, caption)
+    images = (content.get("inputs") or {}).get("evaluation_images")
+    among = f", {images:,} of them" if isinstance(images, int) else ""
+    numbers = table(("", "before", "after", "change"), rows, f"Measured on the same images before and after{among}")
     return section(
         "Measurements",
         element("p", _UNMEASURED) if before["asr_all"] is None else None,

@@ -26,7 +26,7 @@ def _done(content: Mapping[str, Any]) -> str:
     method = content["options"].get("method", "A purification")
     name = METHODS[method].title if method in METHODS else method
     images = (content.get("inputs") or {}).get("clean_images")
-    source = f" with {images:,} clean images" if images else ""
+    source = f" with {images:,} clean images" if isinstance(images, int) else ""
     if content["pruned"] is not None:
         cut, of = (sum(layer[key] for layer in content["pruned"]["layers"].values()) for key in ("count", "of"))
         return f"{name} cut {cut:,} of {count(of, 'neuron')} in {_layers(content['pruned']['layers'])}{source}"

@@ -53,9 +53,11 @@ def _all_options(content: Mapping[str, Any]) -> Markup:
 
 def shown(value: Any) -> str:
     """
-    >>> shown(True), shown(None), shown([0.5, 0.25]), shown([])
-    ('yes', 'none', '0.5, 0.25', 'none')
+    >>> shown(True), shown(None), shown([0.5, 1 - 0.8]), shown([])
+    ('yes', 'none', '0.5, 0.2', 'none')
     """
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value in (None, "", [], "None"):

@@ -68,6 +68,7 @@ def _triggers(result: Purification, images: Tensor, trigger: Trigger | None) -> 
     if result.trigger is not None:
         triggers["recovered"] = Shown(result.trigger, (images + result.trigger).clamp(0, 1))
     if trigger is not None:
-        triggered = trigger(images)
+        on = next((parameter.device for parameter in result.model.parameters()), images.device)
+        triggered = trigger(images.to(on)).float().cpu()  # where it was measured
         triggers["real"] = Shown((triggered - images).mean(0, keepdim=True), triggered)
     return triggers
