@@ -12,6 +12,7 @@ import griffe
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("maskops", "maskops.augment", "maskops.backdoor", "maskops.functional", "maskops.purify")
 FIELD = re.compile(r"(\*{0,2}[a-z]\w*(?:, \*{0,2}[a-z]\w*)*|all else): +(.*)")
+MARKS = re.compile(r"[*_\[\]<|]")
 ROLE = re.compile(r":(?:class|func|meth|data|attr):`~?([\w.]+)`")
 
 
@@ -69,7 +70,7 @@ class Docstrings(griffe.Extension):
     def _inline(self, text: str) -> str:
         """Markdown's own characters have no meaning outside of code."""
         parts = re.split(r"(:\w+:`[^`]+`|``.+?``)", text, flags=re.DOTALL)
-        return "".join(self._code(part) if at % 2 else re.sub(r"([*_\[\]<|])", r"\\\1", part) for at, part in enumerate(parts))
+        return "".join(self._code(part) if at % 2 else MARKS.sub(r"\\\g<0>", part) for at, part in enumerate(parts))
 
     def _code(self, code: str) -> str:
         role = ROLE.fullmatch(code)

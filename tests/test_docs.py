@@ -1,11 +1,13 @@
 """The pages hang together: links and anchors point at something, and every page can be found."""
 
+import argparse
 import csv
-import importlib
 import re
 from pathlib import Path
 
 import pytest
+from benchmarks import figures, moved
+from benchmarks.kernels import table
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -79,3 +81,19 @@ def test_what_choose_says_of_recorded_runs_is_recorded():
         for method, cell in zip(presets, row[2:], strict=True)
     }
     assert len(said) == 75 and said.items() <= recorded.items()
+
+
+@pytest.mark.parametrize("name", figures.SOURCES)
+def test_pictures_are_of_the_recorded_results(name):
+    drawn = (figures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert figures.of(figures.SOURCES[name]) in drawn, "run python -m benchmarks figures"
+
+
+def test_pictures_name_what_they_show(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert figures.main(argparse.Namespace(out=tmp_path)) == 0
+    drawn = {name: (tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in figures.SOURCES}
+    assert all(kernel.removeprefix("_") in drawn["registers"] for kernel in table.kernel_names())
+    assert "none is spilled" in drawn["registers"]
+    assert all(row.op in drawn["bytes"] for row in moved.read())
+    assert all("prefers-color-scheme: dark" in text for text in drawn.values())
