@@ -1,5 +1,5 @@
-"""``steps``, ``epoch``, ``ops`` and ``large`` measure, ``moved`` counts, ``kernels`` compiles, ``tables`` repeats papers,
-``report`` and ``figures`` show results.
+"""``steps``, ``epoch``, ``ops`` and ``large`` measure, ``moved`` counts, ``kernels`` compiles, ``tables`` repeats
+papers, ``report`` and ``figures`` show results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dry, epoch, figures, kernels, large, moved, networks, ops, plan, report, results, steps, sweep, tables
+from benchmarks import (
+    dry,
+    epoch,
+    figures,
+    kernels,
+    large,
+    moved,
+    networks,
+    ops,
+    plan,
+    report,
+    results,
+    steps,
+    sweep,
+    tables,
+)
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.steps_table import table
 

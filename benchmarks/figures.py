@@ -37,14 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """0 when all is well; 2 without matplotlib."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib import rc_context
     except ImportError as error:
         print(f"benchmarks figures: it needs matplotlib, which can't be imported ({error})", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     for name, source in SOURCES.items():
-        figure = registers(table.read(source)) if name == "registers" else bytes_of_ops(moved.read(source))
-        text = f"{_svg(figure)}<!-- {of(source)} -->\n"
+        with rc_context(_style()):
+            figure = registers(table.read(source)) if name == "registers" else bytes_of_ops(moved.read(source))
+            text = f"{_svg(figure)}<!-- {of(source)} -->\n"
         (options.out / f"{name}.svg").write_text(text, encoding="utf-8")
     return 0
 
@@ -62,7 +63,7 @@ def registers(rows: Sequence[table.Row]) -> Figure:
         most = {kernel: _most(rows, kernel, capability, "registers") for kernel in kernels}
         places = [at + offset for at, kernel in enumerate(kernels) if most[kernel] is not None]
         values = [value for value in most.values() if value is not None]
-        axis.scatter(values, places, 14, colour, mark, linewidths=1, label=f"sm_{capability}", zorder=3)
+        axis.scatter(values, places, 16, colour, marker=mark, linewidths=1, label=f"sm_{capability}", zorder=3)
     spilled = [kernel for kernel in kernels if any(_most(rows, kernel, c, "stack") for c in MARKS)]
     names = [f"{kernel.removeprefix('_')}{' (spills)' if kernel in spilled else ''}" for kernel in kernels]
     axis.set_yticks(range(len(kernels)), names)
@@ -72,10 +73,11 @@ def registers(rows: Sequence[table.Row]) -> Figure:
     above = axis.secondary_xaxis("top")
     above.set_xticks(list(THREADS), [str(threads) for threads in THREADS.values()])
     above.tick_params(length=0)
+    above.spines["top"].set_visible(False)
     above.set_xlabel("threads of an SM for which its registers are enough")
     axis.set_xlabel(f"registers per thread, the most of a kernel's cases; {_of_spills(spilled)}")
-    axis.grid(axis="both", color=FAINT, linewidth=0.6)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, frameon=False)
+    axis.grid(axis="both")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)
     return figure
 
 
@@ -85,7 +87,7 @@ def _most(rows: Sequence[table.Row], kernel: str, capability: str, name: str) ->
 
 
 def _of_spills(spilled: Sequence[str]) -> str:
-    return f"{len(spilled)} kernels spill" if spilled else "none is spilled"
+    return f"spilled by {len(spilled)}" if spilled else "none is spilled"
 
 
 def bytes_of_ops(rows: Sequence[Row]) -> Figure:
@@ -95,37 +97,40 @@ def bytes_of_ops(rows: Sequence[Row]) -> Figure:
         values = [getattr(row, name) / row.floor_bytes for row in rows]
         axis.barh([at + place for at in range(len(rows))], values, 0.36, color=shade, label=label, zorder=3)
         for at, value in enumerate(values):
-            axis.text(value, at + place, f" {value:.2f}", va="center", fontsize=7)
+            axis.text(max(value, 1), at + place, f" {value:.2f}", va="center", fontsize=7)
     axis.axvline(1, color=INK, linewidth=0.8, zorder=4)
     axis.set_yticks(range(len(rows)), [row.op for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel(f"bytes, as multiples of the floor; {rows[0].net}, {rows[0].batch} images, {rows[0].dtype}")
-    axis.grid(axis="x", color=FAINT, linewidth=0.6)
-    axis.legend(loc="lower right", frameon=False)
+    axis.grid(axis="x")
+    axis.legend(loc="center right")
     return figure
 
 
+def _style() -> dict[str, object]:
+    inks = "text.color", "axes.labelcolor", "xtick.color", "ytick.color"
+    sizes = dict.fromkeys(("font.size", "legend.fontsize", "xtick.labelsize", "ytick.labelsize", "axes.labelsize"), 8)
+    sides = {f"axes.spines.{side}": False for side in ("top", "left", "right")}
+    # the same results give the same file
+    written = {"svg.hashsalt": "maskops", "svg.fonttype": "none", "font.family": "sans-serif"}
+    colours = {**dict.fromkeys(inks, INK), "axes.edgecolor": FAINT, "grid.color": FAINT, "axes.facecolor": PAPER}
+    return {**colours, **sizes, **sides, **written, "grid.linewidth": 0.6, "legend.frameon": False}
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with rc_context({**colours, "axes.edgecolor": FAINT, "axes.facecolor": PAPER, "font.size": 8}):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
-        axis = figure.subplots()
-    axis.spines[["top", "right", "left"]].set_visible(False)
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    axis = figure.subplots()
     axis.tick_params(length=0)
     axis.set_axisbelow(True)
     return figure, axis
 
 
 def _svg(figure: Figure) -> str:
-    """The picture as text, the same for the same results, and dark where the reader's screen is."""
-    from matplotlib import rc_context
-
+    """The picture as text, dark where the reader's screen is."""
     written = io.StringIO()
-    with rc_context({"svg.hashsalt": "maskops", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     rules = "".join(
         f"[style*='{part}: {light}']{{{part}:{dark} !important}}"
         for light, dark in DARK.items()

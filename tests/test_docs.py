@@ -1,11 +1,12 @@
 """The pages hang together: links and anchors point at something, and every page can be found."""
 
-import argparse
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from benchmarks import figures, moved
 from benchmarks.kernels import table
 
@@ -67,10 +68,10 @@ def test_what_choose_says_of_recorded_runs_is_recorded():
     presets = {"awm": "official", "ibau": "official", "ft": "paper", "nft": "paper", "anp": "paper"}
     attacks = {"BadNets": "badnets", "Trojan square": "trojan_sq", "l2-inv": "l2_inv"}
     recorded = {}
-    for table in ("awm1", "awm2"):
-        with (ROOT / f"benchmarks/results/tables/{table}.csv").open(encoding="utf-8", newline="") as file:
+    for name in ("awm1", "awm2"):
+        with (ROOT / f"benchmarks/results/tables/{name}.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                if row["preset"] == presets.get(row["method"]) or (table, row["method"]) == ("awm2", "awm"):
+                if row["preset"] == presets.get(row["method"]) or (name, row["method"]) == ("awm2", "awm"):
                     numbers = f"{float(row['acc']):.1f} / {float(row['asr_all']):.1f}"
                     recorded[row["attack"], row["n"], row["method"]] = numbers
     rows = [line.strip("| \n").split(" | ") for line in (DOCS / "choose.md").read_text(encoding="utf-8").splitlines()]
@@ -87,13 +88,21 @@ def test_what_choose_says_of_recorded_runs_is_recorded():
 def test_pictures_are_of_the_recorded_results(name):
     drawn = (figures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
     assert figures.of(figures.SOURCES[name]) in drawn, "run python -m benchmarks figures"
+    assert "prefers-color-scheme: dark" in drawn
 
 
-def test_pictures_name_what_they_show(tmp_path):
+def test_pictures_name_what_they_show():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    assert figures.main(argparse.Namespace(out=tmp_path)) == 0
-    drawn = {name: (tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in figures.SOURCES}
-    assert all(kernel.removeprefix("_") in drawn["registers"] for kernel in table.kernel_names())
-    assert "none is spilled" in drawn["registers"]
-    assert all(row.op in drawn["bytes"] for row in moved.read())
-    assert all("prefers-color-scheme: dark" in text for text in drawn.values())
+    registers, ops = figures.registers(table.read()).axes[0], figures.bytes_of_ops(moved.read()).axes[0]
+    labels = {label.get_text() for label in registers.get_yticklabels()}
+    assert labels == {kernel.removeprefix("_") for kernel in table.kernel_names()}
+    assert registers.get_xlabel().endswith("none is spilled")
+    assert [label.get_text() for label in ops.get_yticklabels()] == [row.op for row in moved.read()]
+
+
+def test_a_kernel_that_spills_is_called_so():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    rows = [replace(row, stack="8") if row.kernel == "mask_step._adam" else row for row in table.read()]
+    axis = figures.registers(rows).axes[0]
+    assert "mask_step._adam (spills)" in {label.get_text() for label in axis.get_yticklabels()}
+    assert axis.get_xlabel().endswith("spilled by 1")
