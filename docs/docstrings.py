@@ -10,20 +10,20 @@ from typing import Any
 import griffe
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("maskops", "maskops.augment", "maskops.backdoor", "maskops.functional", "maskops.purify")
+PACKAGES = [f"maskops{name}" for name in ("", ".augment", ".backdoor", ".functional", ".purify", ".purify.baselines")]
 FIELD = re.compile(r"(\*{0,2}[a-z]\w*(?:, \*{0,2}[a-z]\w*)*|all else): +(.*)")
 MARKS = re.compile(r"[*_\[\]<|]")
 ROLE = re.compile(r":(?:class|func|meth|data|attr):`~?([\w.]+)`")
 
 
 def _public() -> dict[str, str]:
-    """The full name of each public name."""
+    """The full name of what each public name was imported from."""
     found = {}
     for package in PACKAGES:
         tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
         for node in tree.body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                found |= {name: f"{package}.{name}" for name in ast.literal_eval(node.value)}
+            if isinstance(node, ast.ImportFrom):
+                found |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 

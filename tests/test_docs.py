@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import maskops
 from benchmarks import figures, moved
 from benchmarks.kernels import table
+from maskops import augment, backdoor
+from maskops.purify.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -61,6 +64,15 @@ def test_the_index_leads_to_every_page():
     linked = {link.partition("#")[0] for link in LINK.findall(prose(DOCS / "index.md"))}
     missing = {page.name for page in PAGES} - {"index.md"} - linked
     assert not missing, f"docs/index.md has no link to {', '.join(sorted(missing))}"
+
+
+def test_the_reference_has_every_public_module_and_method():
+    """A method's function has the name of its module, which stands before it where the package is looked through."""
+    listed = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    functions = {f"{method.run.__module__}.{name}" for name, method in METHODS.items()}
+    packages = {module.__name__ for module in (maskops, maskops.functional, maskops.purify, augment, backdoor)}
+    assert functions | packages <= set(listed)
+    assert {"maskops.checkpoint", "maskops.data", "maskops.lean", "maskops.models", "maskops.report"} <= set(listed)
 
 
 def test_what_choose_says_of_recorded_runs_is_recorded():
