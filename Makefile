@@ -36,9 +36,10 @@ build: $(VENV)/installed-$(EXTRAS)
 	cd $(ROOT)/build && PYTHONPATH=site $(VENV)/bin/python -m maskops info
 
 # The site, in build/docs. A link, an anchor or a reference that leads nowhere fails.
+# Not --quiet: then --strict would not see the warnings either.
 docs:
 	$(MAKE) $(VENV)/installed-docs EXTRAS=docs
-	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # make gpu OUT=folder: on a CUDA machine, with the python3 that has torch and with no network.
 gpu:
