@@ -138,8 +138,9 @@ def run(folder: str | os.PathLike, device: str | torch.device = "cpu", seed: int
         changes = {**SETTINGS, "epochs": epochs, "lr_decay_epochs": max(1, epochs // 2)}
         result = awm(model, clean, on_epoch=on_epoch, device=device, seed=seed, **changes)
         after = evaluate(result.model, *test, TRIGGER, TARGET)
-        inputs = {"clean_images": CLEAN_IMAGES, "evaluation_images": len(test[1]), "target": TARGET}
-        about = {"curves": curves, "trigger": TRIGGER, "notes": {"inputs": {**inputs, "trigger": str(TRIGGER)}}}
+        inputs = {"clean_images": CLEAN_IMAGES, "trigger": str(TRIGGER), "target": TARGET}
+        notes = {"inputs": inputs, "evaluation_images": len(test[1])}
+        about = {"curves": curves, "trigger": TRIGGER, "notes": notes}
         no_picture = report.write(results, result, before, after, clean[0], **about)
         save_state_dict(results / "backdoored.safetensors", model.state_dict())
         arrays = dict(zip(("x_train", "y_train", "x_test", "y_test"), (*train, *test), strict=True))

@@ -121,7 +121,7 @@ def test_the_report_knows_what_was_warned_of_and_what_was_given(purify, files, t
     assert f"warning: {warning}\n" in capsys.readouterr().err
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["warnings"] == [warning] and result["preset"] == "official"
-    assert result["inputs"]["clean_images"] == 35 and result["inputs"]["evaluation_images"] == 500
+    assert result["inputs"]["clean_images"] == 35 and result["evaluation_images"] == 500
     assert result["triggers"].keys() == {"recovered", "real"} and 0 <= result["der"] <= 1
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"Warning: {warning}" in page and "taken for class 0" in page

@@ -137,13 +137,13 @@ def _run(arguments: argparse.Namespace, changes: dict[str, Any], place: processe
             return
         after = measure(result.model)
         inputs = {name: str(getattr(arguments, name)) for name in ("arch", "weights", "clean", "eval", "trigger")}
-        counts = {"clean_images": len(clean[1]), "evaluation_images": len(evaluation[1])}
         about = {
             "curves": [] if curves is None else curves.measured,
             "trigger": arguments.trigger,
             "preset": arguments.preset,
             "notes": {
-                "inputs": {**inputs, "target": arguments.target, **counts},
+                "inputs": {**inputs, "target": arguments.target, "clean_images": len(clean[1])},
+                "evaluation_images": len(evaluation[1]),
                 "warnings": [*warnings, *heard],
             },
         }

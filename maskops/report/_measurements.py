@@ -50,7 +50,7 @@ def measurements_section(content: Mapping[str, Any]) -> Markup:
             known.append((name, *(100 * value for value in values)))
     if content.get("der") is not None:
         rows.append(("DER", "0.500", f"{content['der']:.3f}", _change(content["der"] - 0.5, 3)))
-    images = (content.get("inputs") or {}).get("evaluation_images")
+    images = content.get("evaluation_images")
     among = f", {images:,} of them" if isinstance(images, int) else ""
     numbers = table(("", "before", "after", "change"), rows, f"Measured on the same images before and after{among}")
     return section(

@@ -15,7 +15,6 @@ _INPUTS = {
     "clean": "clean images",
     "clean_images": "number of clean images",
     "eval": "evaluation images",
-    "evaluation_images": "number of evaluation images",
     "trigger": "trigger to measure with",
     "target": "its target class",
 }
@@ -53,15 +52,17 @@ def _all_options(content: Mapping[str, Any]) -> Markup:
 
 def shown(value: Any) -> str:
     """
-    >>> shown(True), shown(None), shown([0.5, 1 - 0.8]), shown([])
-    ('yes', 'none', '0.5, 0.2', 'none')
+    >>> shown(True), shown(None), shown([0.5, 1 - 0.8]), shown({'width': 2})
+    ('yes', 'none', '0.5, 0.2', 'width=2')
     """
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value in (None, "", [], "None"):
+    if value in (None, "", [], {}, "None"):
         return "none"
+    if isinstance(value, dict):
+        value = [f"{name}={shown(entry)}" for name, entry in value.items()]
     text = ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 

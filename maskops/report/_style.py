@@ -71,6 +71,7 @@ img{display:block;width:100%;height:auto;border:1px solid var(--rule);border-rad
 .meanings{display:grid;grid-template-columns:auto 1fr;gap:.1rem .75rem;margin:.75rem 0 0}
 .meanings dd{margin:0}
 footer{margin-top:2.5rem;padding-top:1rem;border-top:1px solid var(--rule)}
-@media (max-width:30rem){h1{font-size:1.25rem}.lead{font-size:1.05rem}.cards dd{font-size:1.05rem}.cards div{padding:.6rem .7rem}}
+@media (max-width:30rem){h1{font-size:1.25rem}.lead,.cards dd{font-size:1.05rem}
+.cards div{padding:.6rem .7rem}}
 @media print{section{break-inside:avoid}.scroll{max-height:none;overflow:visible}}
 """

@@ -40,8 +40,8 @@ def write(
     curves:  measurements after each epoch
     trigger: the real one that was measured with, to be shown beside the recovered one
     preset:  where the options of the run began
-    notes:   more entries of result.json, of plain values; the page knows ``inputs`` (what the run was given, by name)
-             and ``warnings``
+    notes:   more entries of result.json, of plain values; the page knows ``inputs`` (what the run was given, by name),
+             ``evaluation_images`` (how many were measured on) and ``warnings``
     returns: one sentence when there is no picture because matplotlib is missing; the page needs none
     """
     images = images[:SHOWN].detach().float().cpu()
