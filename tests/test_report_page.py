@@ -161,6 +161,14 @@ def test_a_history_without_any_number_is_said(tmp_path):
     assert "None of these values is a finite number." in seen.words
 
 
+@pytest.mark.parametrize(
+    "values", [[0.0, 0.0], [1e20] * 3, [-1e9, 1e-9], [1e-300, 1e300], [3.0, 3.0 + 1e-15], [-2.0, None]]
+)
+def test_values_of_any_size_have_an_axis(tmp_path, values):
+    seen, _ = read(tmp_path, made_up(history={"loss": values}))
+    assert not re.search(r"\b(nan|inf)\b", seen.html) and "loss: " in seen.words
+
+
 def test_very_long_courses_are_thinned(tmp_path):
     seen, found = read(tmp_path, made_up(history={"loss": [1 / (step + 1) for step in range(20_000)]}))
     assert len(found["history"]["loss"]) == 20_000 and len(seen.html) < 200_000

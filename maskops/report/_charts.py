@@ -42,7 +42,8 @@ class _Scale:
         self.log, self.pixels = log, pixels
         self.low, self.high = (math.log10(low), math.log10(high)) if log else (low, high)
         if self.high - self.low < 1e-12 * max(1.0, abs(self.high)):
-            self.low, self.high = self.low - 0.5, self.high + 0.5
+            around = 0.5 * max(1.0, abs(self.high))  # less would be lost in rounding
+            self.low, self.high = self.low - around, self.high + around
 
     def __call__(self, value: float) -> float:
         share = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)

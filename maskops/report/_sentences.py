@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from maskops.backdoor import removed
@@ -52,16 +53,9 @@ def count(number: int, of: str) -> str:
 def kind_of_mask(layers: Mapping[str, Mapping[str, Any]]) -> str:
     """Weights, kernels or neurons: what each value of the masks belongs to."""
     shapes = [layer["shape"] for layer in layers.values()]
-    if all(_product(shape) == shape[0] for shape in shapes):
+    if all(prod(shape) == shape[0] for shape in shapes):
         return "neurons"
-    return "kernels" if all(_product(shape[2:]) == 1 for shape in shapes) else "weights"
-
-
-def _product(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+    return "kernels" if all(prod(shape[2:]) == 1 for shape in shapes) else "weights"
 
 
 def _outcome(content: Mapping[str, Any]) -> str:
