@@ -139,6 +139,11 @@ def _dtype(text: str) -> torch.dtype:
     return dtype
 
 
+def plain(value: Any) -> Any:
+    """An option's value as one that JSON knows."""
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.device)) else value
+
+
 def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 

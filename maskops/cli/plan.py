@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from maskops import models
-from maskops.cli.options import add_options, arch_options, given, method_in
+from maskops.cli import output
+from maskops.cli.options import add_options, arch_options, given, method_in, plain
 from maskops.purify import plan
+from maskops.purify._plan import Plan
 from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.methods import METHODS
 
@@ -26,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--classes", type=int, required=True, help="how many the model tells apart")
     parser.add_argument("--images", type=int, default=500, help="how many clean images there will be (default: 500)")
     parser.add_argument("--memory", type=_bytes, metavar="24GB", help="of the device: choose options that fit")
+    output.add_arguments(parser)
     presets = METHODS[method].presets
     parser.add_argument("--preset", choices=presets, default="paper", help="where the values begin (default: paper)")
     options = parser.add_argument_group(f"options of {METHODS[method].title}")
@@ -40,9 +45,16 @@ def run(arguments: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = models.build(arguments.arch, **arguments.arch_options)
     found = plan(model, arguments.method, **about, memory=arguments.memory, preset=arguments.preset, **changes)
+    arguments.result = as_json(found)
     print(found)
     if not found.fits:
         raise RuntimeError(f"it doesn't fit into {arguments.memory / 1e9:g} GB: the least is {found.peak / 1e9:.3g} GB")
+
+
+def as_json(found: Plan) -> dict[str, Any]:
+    """All that is in a plan, as values that JSON knows."""
+    numbers = {**asdict(found), "peak": found.peak, "bytes_per_parameter": found.bytes_per_parameter}
+    return {**numbers, "options": {name: plain(value) for name, value in found.options.items()}}
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,0 +1,164 @@
+"""What a purification gets: the model, clean images, others to measure on, and how images reach the model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskops.backdoor import Metrics, evaluate, parse
+from maskops.cli import models, output
+from maskops.data import Pair, load_images, one_shot, split
+
+
+class Attack:
+    """A trigger, and the text that names it."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self.text, self.trigger = text, parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that was read.
+
+    model:      with its weights, on the device
+    clean:      images and labels for the purification
+    evaluation: images and labels to measure on
+    changes:    options of the method, with what follows from the model
+    notes:      where all this is from, for result.json: with the options there, what repeats the run
+    """
+
+    arguments: argparse.Namespace
+    model: nn.Module
+    clean: Pair
+    evaluation: Pair
+    changes: Mapping[str, Any]
+    notes: Mapping[str, Any]
+
+    def measure(self, model: nn.Module) -> Metrics:
+        """ACC, and ASR where a trigger is given, of a model that may want its images normalised."""
+        return self.evaluate(_OnPixels(model, self.changes.get("mean"), self.changes.get("std")))
+
+    def evaluate(self, model: nn.Module) -> Metrics:
+        """The same of a model on pixels."""
+        attack = self.arguments.trigger
+        try:
+            return evaluate(model, *self.evaluation, attack and attack.trigger, self.arguments.target)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            shape = tuple(self.evaluation[0].shape[1:])
+            raise ValueError(f"{self.arguments.arch} can't compute on images {shape}: {error}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser, inputs: argparse._ArgumentGroup) -> None:
+    """What names the inputs; ``inputs`` is the parser's group for them."""
+    models.add_arguments(inputs)
+    inputs.add_argument(
+        "--clean", required=True, metavar="PATH", help="clean images: file.npz, file.npz:train, or a class folder each"
+    )
+    chosen = inputs.add_mutually_exclusive_group()
+    chosen.add_argument("--n", type=int, help="how many of them, drawn by --seed (default: all)")
+    chosen.add_argument(
+        "--one-shot",
+        action="store_true",
+        help="one of each class, drawn by --seed, and nine augmented copies of each, some mirrored unless --no-flip",
+    )
+    inputs.add_argument("--size", type=int, metavar="N", help="resize the images of class folders to N x N")
+
+    measuring = parser.add_argument_group("measuring", "The purification sees none of these.")
+    measuring.add_argument("--eval", required=True, metavar="PATH", help="images to measure on, as --clean")
+    measuring.add_argument(
+        "--trigger", type=Attack, metavar="SPEC", help="e.g. badnets_square:size=4,margin=1 or additive:trigger.png"
+    )
+    measuring.add_argument("--target", type=int, metavar="CLASS", help="the class that the trigger leads to")
+    measuring.add_argument("--curves", action="store_true", help="measure after every epoch too")
+
+
+def load(arguments: argparse.Namespace, changes: Mapping[str, Any], seed: int) -> Inputs:
+    """Read everything.
+
+    changes: options of the method that were given
+    seed:    of what is drawn from the clean images
+    errors:  ValueError, ImportError, TypeError: one line for what can't be used
+    """
+    model = models.load(arguments)
+    clean, evaluation = _load_data(arguments, seed)
+    _check_channels(clean[0].shape[1], changes)
+    names = ("arch", "arch_options", "weights", "clean", "n", "one_shot", "size", "eval", "target", "curves", "preset")
+    notes = {name: getattr(arguments, name) for name in names}
+    notes |= {"trigger": arguments.trigger and arguments.trigger.text, "clean_images": len(clean[1])}
+    return Inputs(arguments, model.to(changes["device"]), clean, evaluation, changes, notes)
+
+
+class _OnPixels(nn.Module):
+    """Logits of images in [0, 1] from a model that may want them normalised, and may return them in an object."""
+
+    def __init__(self, model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.mean, self.std = mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.mean is not None:
+            mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+            images = (images - mean) / std
+        output = self.model(images)
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
+    """Clean images for the purification, and others to measure on."""
+    images, labels = _load_images(arguments.clean, arguments.size)
+    evaluation = _load_images(arguments.eval, arguments.size)
+    if evaluation[0].shape[1:] != images.shape[1:]:
+        shapes = f"{tuple(images.shape[1:])} and {tuple(evaluation[0].shape[1:])}"
+        raise ValueError(f"--clean and --eval must hold images of one shape; got {shapes}")
+    count = len(labels) if arguments.n is None else arguments.n
+    if count < 1:
+        raise ValueError(f"--n must be at least 1; got {count}")
+    generator = torch.Generator().manual_seed(seed)
+    if arguments.one_shot:
+        if images.shape[-1] != images.shape[-2]:
+            raise ValueError(f"--one-shot needs square images; got {tuple(images.shape[2:])}")
+        clean = one_shot(images, labels, images.shape[-1], generator, flip=getattr(arguments, "flip", True))
+        originals = clean[0][: len(labels.unique())]
+    else:
+        clean = split(images, labels, count, generator)[0]
+        originals = clean[0]
+    seen = _count_shared(originals, evaluation[0])
+    if seen == len(originals):
+        raise ValueError("all clean images are among those of --eval: measure on others, e.g. file.npz:test")
+    if seen:
+        output.note(f"warning: {seen} of {len(originals)} clean images are among those of --eval too")
+    return clean, evaluation
+
+
+def _load_images(path: str, size: int | None) -> Pair:
+    return load_images(path, size if Path(path).is_dir() else None)
+
+
+def _count_shared(images: Tensor, others: Tensor) -> int:
+    """How many of the images are, pixel for pixel, among the others."""
+    known = {_digest(image) for image in others}
+    return sum(_digest(image) in known for image in images)
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy().tobytes()).digest()
+
+
+def _check_channels(channels: int, changes: Mapping[str, Any]) -> None:
+    for name in ("mean", "std"):
+        if len(changes.get(name) or range(channels)) != channels:
+            raise ValueError(f"--{name} needs {channels} values, one per channel; got {changes[name]}")
