@@ -34,7 +34,9 @@ def add_options(
         values = {name: getattr(preset, field.name) for name, preset in presets.items()}
         text = texts.get(field.name) or f"{documented[field.name]} ({_defaults(values)})"
         text = text.replace("%", "%%")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **_kind(field))
+        option = f"--{field.name.replace('_', '-')}"
+        action = parser.add_argument(option, default=argparse.SUPPRESS, help=text, **_kind(field))
+        action.nullable = "None" in field.type  # for files of options, which can say so
 
 
 def given(arguments: argparse.Namespace, *dataclasses: Any) -> dict[str, Any]:
@@ -93,12 +95,12 @@ def _or_auto(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return read_or_auto
 
 
-def method_in(argv: Sequence[str], among: Collection[str] = METHODS) -> str:
-    """The method in a command line; AWM's name where there is none, or one that the parser will refuse."""
+def method_in(argv: Sequence[str], among: Collection[str] = METHODS, otherwise: Any = None) -> str:
+    """The method in a command line, or else the other; AWM's name where that is none, or one that will be refused."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--method", nargs="?")
-    method = parser.parse_known_args(list(argv))[0].method
-    return method if method in among else "awm"
+    method = parser.parse_known_args(list(argv))[0].method or otherwise
+    return method if isinstance(method, str) and method in among else "awm"
 
 
 def arch_options(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from maskops import models
-from maskops.cli import output
+from maskops.cli import option_files, output
 from maskops.cli.options import add_options, arch_options, given, method_in, plain
 from maskops.purify import plan
 from maskops.purify._plan import Plan
@@ -22,7 +22,9 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MI
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    method = method_in(argv, ALGORITHMS)
+    file = option_files.given(argv)
+    method = method_in(argv, ALGORITHMS, file.values.get("method"))
+    option_files.add_argument(parser)
     parser.add_argument("--method", choices=ALGORITHMS, default="awm", help="default: awm")
     parser.add_argument("--arch", required=True, help="as for purify; its weights aren't needed, nor made")
     parser.add_argument("--arch-options", type=arch_options, default={}, metavar="KEY=VALUE,…")
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     add_options(options, {name: preset.options for name, preset in presets.items()})
     settings = {name: preset.setting for name, preset in presets.items()}
     add_options(parser.add_argument_group("setting"), settings, {"folded", "device", "progress", "graphs", "seed"})
+    option_files.apply(parser, file, argv)
 
 
 def run(arguments: argparse.Namespace) -> None:

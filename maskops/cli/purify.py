@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskops import report
 from maskops.backdoor import Metrics, der
 from maskops.checkpoint import CheckpointError
-from maskops.cli import info, inputs, output, processes, unfinished
+from maskops.cli import info, inputs, option_files, output, processes, unfinished
 from maskops.cli.options import add_options, best_device, given, method_in
 from maskops.purify import Purification
 from maskops.purify.methods import METHODS
@@ -24,7 +24,9 @@ _CLI_DEVICE = "where to run (default: the GPU if there is one, else the CPU)"
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    method = method_in(argv)
+    file = option_files.given(argv)
+    method = method_in(argv, otherwise=file.values.get("method"))
+    option_files.add_argument(parser)
     named = parser.add_argument_group("the model and the images")
     titles = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
     named.add_argument("--method", choices=METHODS, default="awm", help=f"{titles} (default: awm)")
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     settings = {name: preset.setting for name, preset in presets.items()}
     # the folder gets plain layers and the masks, so there is no choice to make
     add_options(parser.add_argument_group("setting"), settings, {"folded"}, {"device": _CLI_DEVICE})
+    option_files.apply(parser, file, argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
