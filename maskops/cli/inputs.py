@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskops._state import eval_mode
 from maskops.backdoor import Metrics, evaluate, parse
 from maskops.cli import models, output
 from maskops.data import Pair, load_images, one_shot, split
@@ -52,8 +54,30 @@ class Inputs:
     def evaluate(self, model: nn.Module) -> Metrics:
         """The same of a model on pixels."""
         attack = self.arguments.trigger
-        try:
+        with self._named_errors():
             return evaluate(model, *self.evaluation, attack and attack.trigger, self.arguments.target)
+
+    def check(self) -> int:
+        """How many classes the model tells apart, of which the labels and the target must be; it sees two images."""
+        images = self.evaluation[0][:2].to(next(self.model.parameters()).device)
+        with self._named_errors(), torch.no_grad(), eval_mode(self.model):
+            classes = _OnPixels(self.model, self.changes.get("mean"), self.changes.get("std"))(images).shape[1]
+            attack = self.arguments.trigger
+            if attack is not None:
+                attack.trigger(images)
+        for name, label in (
+            ("--clean: labels", int(self.clean[1].max())),
+            ("--eval: labels", int(self.evaluation[1].max())),
+            ("--target", self.arguments.target or 0),
+        ):
+            if not 0 <= label < classes:
+                raise ValueError(f"{name} must be below the model's {classes} classes; got {label}")
+        return classes
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

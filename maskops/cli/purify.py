@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from maskops import report
 from maskops.backdoor import Metrics, der
 from maskops.checkpoint import CheckpointError
-from maskops.cli import info, inputs, option_files, output, processes, unfinished
+from maskops.cli import dry_run, info, inputs, option_files, output, processes, unfinished
 from maskops.cli.options import add_options, best_device, given, method_in
 from maskops.purify import Purification
 from maskops.purify.methods import METHODS
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     text = f"go on with the run that was stopped and left {unfinished.STATE} there; begin it if there is none"
     written.add_argument("--resume", action="store_true", help=text)
 
+    text = "check everything, say what would run and what memory it takes, and write nothing"
+    written.add_argument("--dry-run", action="store_true", help=text)
     output.add_arguments(parser, "which backends compute, and how the steps ran")
 
     presets = METHODS[method].presets
@@ -56,6 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     for one, other in (("trigger", "target"), ("mean", "std")):
         if (getattr(arguments, one, None) is None) != (getattr(arguments, other, None) is None):
             raise ValueError(f"--{one} and --{other} belong together")
+    if arguments.dry_run:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise processes.UsageError("--dry-run is for one process: start it without torchrun")
+        _check_out(arguments)
+        dry_run.run(arguments, {**changes, "device": changes.get("device") or best_device()})
+        return
     place = processes.join(arguments.method, method.splits, changes.get("device"), best_device())
     with processes.heard(place.team):
         _run(arguments, {**changes, "device": place.device}, place)
