@@ -84,7 +84,7 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
     if read in _PICTURES:
         return _checked(f"load_images: {file}", *read(file, part, size))
     images, labels = _checked(f"load_images: {file}", *read(file, part))
-    if size is not None:
+    if size is not None and images.shape[2:] != (size, size):
         # bilinear weights sum to 1 up to rounding
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp_(0, 1)
     return images, labels

@@ -7,16 +7,23 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maskops._state import eval_mode
+from maskops._text import printable
 from maskops.backdoor import Metrics, evaluate, parse
-from maskops.cli import models, output
-from maskops.data import Pair, load_images, one_shot, split
+from maskops.cli import models, output, preprocessing
+from maskops.data import Pair, holds_pictures, load_images, one_shot, split
+
+_LAYOUTS = """clean images: file.npz, file.npz:train; a folder with a folder of pictures per class, or FOLDER:train;
+file.parquet, or a folder of such files as on Hugging Face's hub; CIFAR's or MNIST's own folder, FOLDER:train"""
+
+
+_SIZE = """resize images to N x N (default: arrays as they are; pictures to what the model's own configuration says, or
+else to the size of the arrays that they are used with, or else as they are)"""
 
 
 class Attack:
@@ -88,9 +95,7 @@ class Inputs:
 def add_arguments(parser: argparse.ArgumentParser, inputs: argparse._ArgumentGroup) -> None:
     """What names the inputs; ``inputs`` is the parser's group for them."""
     models.add_arguments(inputs)
-    inputs.add_argument(
-        "--clean", required=True, metavar="PATH", help="clean images: file.npz, file.npz:train, or a class folder each"
-    )
+    inputs.add_argument("--clean", required=True, metavar="PATH", help=_LAYOUTS)
     chosen = inputs.add_mutually_exclusive_group()
     chosen.add_argument("--n", type=int, help="how many of them, drawn by --seed (default: all)")
     chosen.add_argument(
@@ -98,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser, inputs: argparse._ArgumentGro
         action="store_true",
         help="one of each class, drawn by --seed, and nine augmented copies of each, some mirrored unless --no-flip",
     )
-    inputs.add_argument("--size", type=int, metavar="N", help="resize the images of class folders to N x N")
+    inputs.add_argument("--size", type=int, metavar="N", help=_SIZE)
 
     measuring = parser.add_argument_group("measuring", "The purification sees none of these.")
     measuring.add_argument("--eval", required=True, metavar="PATH", help="images to measure on, as --clean")
@@ -117,12 +122,28 @@ def load(arguments: argparse.Namespace, changes: Mapping[str, Any], seed: int) -
     errors:  ValueError, ImportError, TypeError: one line for what can't be used
     """
     model = models.load(arguments)
-    clean, evaluation = _load_data(arguments, seed)
+    wanted = preprocessing.of(arguments.arch, model) if _may_ask(arguments, changes) else preprocessing.Preprocessing()
+    changes, taken = dict(changes), []
+    if wanted.mean is not None and not {"mean", "std"} & changes.keys():
+        changes |= {"mean": wanted.mean, "std": wanted.std}
+        taken += [f"{name} {','.join(map(str, changes[name]))}" for name in ("mean", "std")]
+    clean, evaluation, size = _load_data(arguments, wanted.size, seed)
+    if arguments.size is None and size is not None and size == wanted.size:
+        taken.append(f"images of {size} x {size}")
+    if taken:
+        output.note(f"{', '.join(taken)}: from {printable(wanted.source)}; --mean, --std and --size would overrule it")
     _check_channels(clean[0].shape[1], changes)
-    names = ("arch", "arch_options", "weights", "clean", "n", "one_shot", "size", "eval", "target", "curves", "preset")
+    names = ("arch", "arch_options", "weights", "clean", "n", "one_shot", "eval", "target", "curves", "preset")
     notes = {name: getattr(arguments, name) for name in names}
-    notes |= {"trigger": arguments.trigger and arguments.trigger.text, "clean_images": len(clean[1])}
+    notes |= {"trigger": arguments.trigger and arguments.trigger.text, "size": size, "clean_images": len(clean[1])}
+    if taken:
+        notes["taken_from"] = wanted.source
     return Inputs(arguments, model.to(changes["device"]), clean, evaluation, changes, notes)
+
+
+def _may_ask(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> bool:
+    """Whether something isn't given that the model's own files may say."""
+    return arguments.size is None or not {"mean", "std"} & changes.keys()
 
 
 class _OnPixels(nn.Module):
@@ -141,13 +162,16 @@ class _OnPixels(nn.Module):
         return output if isinstance(output, Tensor) else output.logits
 
 
-def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
-    """Clean images for the purification, and others to measure on."""
-    images, labels = _load_images(arguments.clean, arguments.size)
-    evaluation = _load_images(arguments.eval, arguments.size)
+def _load_data(arguments: argparse.Namespace, wanted: int | None, seed: int) -> tuple[Pair, Pair, int | None]:
+    """Clean images for the purification, others to measure on, and the size that pictures were given.
+
+    wanted: the model's own, for pictures; None where it doesn't say
+    """
+    (images, labels), evaluation, size = _load_both(arguments, wanted)
     if evaluation[0].shape[1:] != images.shape[1:]:
         shapes = f"{tuple(images.shape[1:])} and {tuple(evaluation[0].shape[1:])}"
-        raise ValueError(f"--clean and --eval must hold images of one shape; got {shapes}")
+        hint = "" if size is not None else "; --size resizes them"
+        raise ValueError(f"--clean and --eval must hold images of one shape; got {shapes}{hint}")
     count = len(labels) if arguments.n is None else arguments.n
     if count < 1:
         raise ValueError(f"--n must be at least 1; got {count}")
@@ -165,11 +189,23 @@ def _load_data(arguments: argparse.Namespace, seed: int) -> tuple[Pair, Pair]:
         raise ValueError("all clean images are among those of --eval: measure on others, e.g. file.npz:test")
     if seen:
         output.note(f"warning: {seen} of {len(originals)} clean images are among those of --eval too")
-    return clean, evaluation
+    return clean, evaluation, size
 
 
-def _load_images(path: str, size: int | None) -> Pair:
-    return load_images(path, size if Path(path).is_dir() else None)
+def _load_both(arguments: argparse.Namespace, wanted: int | None) -> tuple[Pair, Pair, int | None]:
+    """Both sets, and the size they were given: --size for all, or for pictures the model's or that of the other set."""
+    paths, size = (arguments.clean, arguments.eval), arguments.size
+    if size is not None:
+        return *(load_images(path, size) for path in paths), size
+    pictures = [holds_pictures(path) for path in paths]
+    loaded = [None if has_sizes else load_images(path) for path, has_sizes in zip(paths, pictures, strict=True)]
+    if any(pictures):
+        arrays = next((pair[0] for pair in loaded if pair is not None), None)
+        size = wanted
+        if size is None and arrays is not None and arrays.shape[2] == arrays.shape[3]:
+            size = arrays.shape[2]
+    clean, evaluation = (pair or load_images(path, size) for pair, path in zip(loaded, paths, strict=True))
+    return clean, evaluation, size
 
 
 def _count_shared(images: Tensor, others: Tensor) -> int:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from maskops import models
-from maskops.cli import option_files, output
+from maskops.cli import models, option_files, output
 from maskops.cli.options import add_options, arch_options, given, method_in, plain
 from maskops.purify import plan
 from maskops.purify._plan import Plan
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     changes = given(arguments, *METHODS[arguments.method].presets["paper"])
     about = {"shape": arguments.shape, "classes": arguments.classes, "images": arguments.images}
     with torch.device("meta"):
-        model = models.build(arguments.arch, **arguments.arch_options)
+        model = models.build(arguments)
     found = plan(model, arguments.method, **about, memory=arguments.memory, preset=arguments.preset, **changes)
     arguments.result = as_json(found)
     print(found)
