@@ -29,7 +29,9 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     argv: what will be parsed: it decides which method's options a command has, and a file in it what they begin at
     """
-    of_all = _Parser(prog="maskops", description="Remove backdoors from PyTorch models by masks on their weights.")
+    text = "Remove backdoors from PyTorch models by masks on their weights."
+    codes = "Exit code: 0 done, 1 the run failed, 2 an input can't be used, 130 interrupted."
+    of_all = _Parser(prog="maskops", description=text, epilog=f"maskops COMMAND --help says more. {codes}")
     of_all.add_argument("--version", action="version", version=f"maskops {__version__}")
     commands = of_all.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():

@@ -60,7 +60,8 @@ def field_texts(dataclass: Any) -> dict[str, str]:
         paragraphs = re.split(rf"^ +({name}(?:, {name})*): +", documented.__doc__, flags=re.MULTILINE)[1:]
         for listed, text in zip(paragraphs[::2], paragraphs[1::2], strict=True):
             for field in listed.split(", "):
-                texts.setdefault(field, " ".join(re.sub(r"``\"([^\"`]*)\"``|``", r"\1", text).split()))
+                plain = re.sub(r"``\"([^\"`]*)\"``|``|:\w+:`([^`]*)`", r"\1\2", text)
+                texts.setdefault(field, " ".join(plain.split()))
     for name in names:
         if name not in texts:
             texts[name] = f"see {next(other for other, text in texts.items() if name in text)}"

@@ -23,6 +23,7 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MI
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     file = option_files.given(argv)
     method = method_in(argv, ALGORITHMS, file.values.get("method"))
+    parser.usage = "%(prog)s [--method NAME] --arch ARCH --shape C,H,W --classes N [--memory 24GB] [option …]"
     option_files.add_argument(parser)
     parser.add_argument("--method", choices=ALGORITHMS, default="awm", help="default: awm")
     parser.add_argument("--arch", required=True, help="as for purify; its weights aren't needed, nor made")

@@ -27,6 +27,9 @@ _CLI_DEVICE = "where to run (default: the GPU if there is one, else the CPU)"
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     file = option_files.given(argv)
     method = method_in(argv, otherwise=file.values.get("method"))
+    parser.usage = (
+        "%(prog)s [--method NAME] --arch ARCH --weights FILE --clean PATH --eval PATH --out FOLDER [option …]"
+    )
     option_files.add_argument(parser)
     named = parser.add_argument_group("the model and the images")
     titles = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
