@@ -87,8 +87,6 @@ def test_a_folder_s_model_is_transformers_own(vit, tmp_path, capsys):
         save_state_dict(tmp_path / "model.pth", model.state_dict())  # by names as purify writes them
         again = transformers_folder.load(vit, str(tmp_path / "model.pth"))
         assert torch.equal(again.eval()(images).logits, expected(images).logits)
-    named = {"arch": f"transformers:{vit}", "shape": "3,16,16", "classes": 3, "images": 4, "layers": "linear"}
-    assert main(["plan", *line({**named, "method": "nft", "batch-size": 2})]) == 0
 
 
 @pytest.mark.parametrize(

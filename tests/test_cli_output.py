@@ -11,6 +11,7 @@ from helpers_cli import ARCH, QUICK, line, refused, write_inputs
 from helpers_hostile import tree
 
 from maskops.cli import bench, dry_run, main
+from maskops.purify._plan import Plan
 from maskops.purify.methods import METHODS
 
 STEPS = ["--inner-steps", "1", "--outer-steps", "1"]
@@ -122,18 +123,29 @@ def test_an_error_leaves_nothing_in_json(purify, capsys):
     assert "tau must be" in refused(capsys, purify("--json", "--tau", "-1"))
 
 
-def test_info_and_plan_speak_json(capsys):
+def test_info_and_plan_speak_json(capsys, monkeypatch):
     assert main(["info", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["torch"] == torch.__version__ and "reference" in said["backends"]
-    named = {"arch": ARCH, "shape": "3,8,8", "classes": 3, "images": 9, "method": "nft"}
-    options = ["plan", *line(named), "--json"]
-    assert main([*options, "--dtype", "bfloat16"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["fits"] and said["peak"] > 0 and said["options"] == {"dtype": "bfloat16"}
-    assert main([*options, "--memory", "1B"]) == 1
+    found = Plan(1, {"weights": 2}, {"step": 3}, 4, {"dtype": torch.bfloat16, "layers": ["conv"]}, 5, fits=False)
+    monkeypatch.setattr("maskops.cli.plan.plan", lambda *model, **about: found)
+    named = {"arch": ARCH, "shape": "3,8,8", "classes": 3, "memory": "1B"}
+    assert main(["plan", *line(named), "--json"]) == 1
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["fits"] is False and "doesn't fit" in printed.err
+    said = json.loads(printed.out)
+    assert said["fits"] is False and said["peak"] == 6 and said["options"] == {"dtype": "bfloat16", "layers": ["conv"]}
+    assert "doesn't fit" in printed.err and printed.err.count("\n") == 1
+
+
+def test_the_demo_speaks_json(tmp_path, capsys, monkeypatch):
+    def run(folder, *how):
+        print("a table")
+        folder.mkdir()
+        (folder / "result.json").write_text('{"der": 0.9}')
+
+    monkeypatch.setattr("maskops.demo.run", run)
+    assert main(["demo", "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "out"), "der": 0.9}
 
 
 def test_bench_runs_the_checkout_s_benchmarks_or_says_where_they_are(tmp_path, capsys, monkeypatch):

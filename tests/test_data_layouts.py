@@ -180,7 +180,7 @@ def test_parquet_that_means_harm_is_one_line(tmp_path, write_parquet, monkeypatc
     monkeypatch.setattr("maskops.parquet._LARGE", 1 << 20)
     assert "so many pixels in a file of" in line_of(file)
     write_parquet(file, {"image": [bytes(3 << 20)], "label": [0]}, compression="zstd")
-    assert "its images unpack from" in line_of(file)
+    assert "its rows unpack from" in line_of(file)
     monkeypatch.setattr("maskops.parquet._MOST_ROWS", 10)
     write_parquet(file, {"image": rows(1) * 11, "label": [0] * 11})
     assert "it has 11 rows, more than 10" in line_of(file)
