@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers_cli import ARCH, line, network, refused
 
-import maskops
 from maskops.checkpoint import load_state_dict, save_masks
 from maskops.cli import main
 from maskops.purify.methods import METHODS
@@ -113,5 +112,12 @@ def test_what_cannot_be_folded_is_one_line_and_nothing_written(fold, tmp_path, c
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_package_is_this_one():
-    assert maskops.__file__.startswith(str(__import__("pathlib").Path(__file__).parent.parent))
+def test_a_disk_that_is_full_is_a_run_that_failed(fold, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", full)
+    assert main(fold()) == 1
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err and printed.err.count("\n") == 1
+    assert not (tmp_path / "out.pth").exists()

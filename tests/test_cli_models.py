@@ -177,6 +177,11 @@ def test_models_of_timm_say_how_they_want_their_images(tmp_path, capsys):
     said = json.loads(printed.out)
     assert said["options"]["std"] == [0.25] * 3 and said["images"]["clean"] == [6, 3, 12, 12]
     assert "from the model's pretrained_cfg" in printed.err
+    arrays = {**write_inputs(tmp_path), **given}
+    assert main(dry(tmp_path, "--json", **arrays)) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"]["clean"] == [12, 3, 8, 8]
+    assert "the images are of 8 pixels, and the model's pretrained_cfg says 12: --size 12 would resize" in printed.err
     model = as_timm(mean=None, input_size=(3, 12, 14))
     assert preprocessing.of("a", model) == Preprocessing(source="the model's pretrained_cfg")
     assert preprocessing.of("a", network()) == Preprocessing()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskops.checkpoint import TORCH_SUFFIXES, load_masks, save_state_dict
+from maskops.checkpoint import TORCH_SUFFIXES, CheckpointError, load_masks, save_state_dict
 from maskops.cli import models, output
 from maskops.purify._pruning import apply_masks
 
@@ -40,7 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     values, options = load_masks(arguments.masks)
     model = _folded(models.load(arguments), values, arguments.masks)
-    save_state_dict(out, model.state_dict())
+    try:
+        save_state_dict(out, model.state_dict())
+    except (CheckpointError, OSError) as error:  # the inputs were all right
+        raise RuntimeError(str(error)) from error
     if reason := _beside_masks(options):
         output.note(f"warning: {reason}, which the masks don't hold: the run's own model.safetensors has it")
     zeros = sum(int((mask == 0).sum()) for mask in values.values())

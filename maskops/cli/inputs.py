@@ -132,6 +132,12 @@ def load(arguments: argparse.Namespace, changes: Mapping[str, Any], seed: int) -
         taken.append(f"images of {size} x {size}")
     if taken:
         output.note(f"{', '.join(taken)}: from {printable(wanted.source)}; --mean, --std and --size would overrule it")
+    side = clean[0].shape[-1]
+    if wanted.size not in (None, side) and arguments.size is None:
+        output.note(
+            f"warning: the images are of {side} pixels, and {printable(wanted.source)} says {wanted.size}:"
+            f" --size {wanted.size} would resize them"
+        )
     _check_channels(clean[0].shape[1], changes)
     names = ("arch", "arch_options", "weights", "clean", "n", "one_shot", "eval", "target", "curves", "preset")
     notes = {name: getattr(arguments, name) for name in names}
