@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.counting import count as counted
 from maskops.cli import main
 from maskops.purify import _buckets, _checkpoint, _distributed, sweep
+from maskops.purify._plan import _first_epoch, _one_step
 from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.methods import METHODS
 
@@ -200,6 +202,22 @@ def in_parts(rank: int) -> dict[str, Any]:
         network(), images(), "paper", None, {**LEAN, "shard": True, "layers": ("conv", "linear")}
     ).run
     found["kept"] = len(run.arena.weight), sum(weight.numel() for weight in run.arena.effective_weights.values())
+    return found
+
+
+def peaks(rank: int, runs: list[tuple[str, nn.Module, dict[str, Any]]], *data: torch.Tensor) -> list[int]:
+    """Bytes of tensors that runs of these methods, models and options need at one time, the models among them."""
+    found = []
+    for method, model, options in runs:
+
+        def run(method: str = method, model: nn.Module = model, options: dict[str, Any] = options) -> None:
+            algorithm = ALGORITHMS[method](model, data, "paper", None, {**options, "progress": False})
+            for _ in range(2):
+                for phase in _first_epoch(algorithm):
+                    _one_step(algorithm, phase)
+
+        there = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        found.append(there + counted(run).peak)
     return found
 
 

@@ -81,7 +81,8 @@ class Algorithm:
         run = getattr(self, "run", None)
         shape, saved = (None, "") if run is None else (run.images.shape[1:], run.saved)
         where = f"{where}; the model is left as it was{saved}"
-        raise out_of_memory(self.method, reason, self.options, self._setting, shape, where)
+        processes = team_of(self.method).size
+        raise out_of_memory(self.method, reason, self.options, self._setting, shape, where, processes)
 
 
 def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, resume: bool = False) -> Purification:

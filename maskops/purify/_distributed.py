@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -113,9 +114,8 @@ class Team:
 class _Processes(Team):
     why_eager = "sums over several processes aren't recorded"
 
-    def __init__(self, method: str) -> None:
-        self._method = method
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, method: str, rank: int, size: int) -> None:
+        self._method, self.rank, self.size = method, rank, size
 
     def part(self, count: int) -> Part:
         each, more = divmod(count, self.size)
@@ -124,9 +124,7 @@ class _Processes(Team):
         return Part(count, slice(start, start + own), own / count) if own else Part(count, slice(0, 1), 0.0)
 
     def check(self, network: nn.Module, device: torch.device, batch_statistics: bool, track_statistics: bool) -> None:
-        backends = dist.get_backend_config()
-        if device.type not in (backend.split(":")[0] for backend in backends.split(",")):
-            raise ValueError(f"the process group can't sum on {device.type}: its backend is {backends}")
+        self._check_device(device)
         for name, module in network.named_modules():
             if batch_statistics and isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(f"{name} is a SyncBatchNorm: give a plain batch norm, which becomes one by itself")
@@ -151,26 +149,18 @@ class _Processes(Team):
         return total
 
     def adding(self, tensor: Tensor) -> Callable[[], None]:
-        with self._others_there():
-            work = dist.all_reduce(tensor, async_op=True)
-
-        def wait() -> None:
-            with self._others_there():
-                work.wait()
-
-        return wait
+        work = self._ask(dist.all_reduce, tensor, async_op=True)
+        return partial(self._ask, work.wait)
 
     @torch.no_grad()
     def gather(self, whole: Tensor) -> None:
         data = whole.view(torch.uint8)  # which every backend takes
-        with self._others_there():
-            _all_gather(data, data.chunk(self.size)[self.rank].clone())
+        self._ask(_all_gather, data, data.chunk(self.size)[self.rank].clone())
 
     @torch.no_grad()
     def sum_part(self, whole: Tensor) -> Tensor:
         part = whole.new_empty(len(whole) // self.size)
-        with self._others_there():
-            _reduce_scatter(part, whole)
+        self._ask(_reduce_scatter, part, whole)
         return part
 
     def most(self, tensor: Tensor) -> None:
@@ -178,13 +168,12 @@ class _Processes(Team):
 
     @torch.no_grad()
     def _reduce(self, tensor: Tensor, op: Any) -> None:
-        with self._others_there():
-            if tensor.is_contiguous():
-                dist.all_reduce(tensor, op)
-            else:
-                dense = tensor.contiguous()
-                dist.all_reduce(dense, op)
-                tensor.copy_(dense)
+        if tensor.is_contiguous():
+            self._ask(dist.all_reduce, tensor, op)
+        else:
+            dense = tensor.contiguous()
+            self._ask(dist.all_reduce, dense, op)
+            tensor.copy_(dense)
 
     def same(self, about: Callable[[], Mapping[str, Any]]) -> None:
         with self.all_or_none():
@@ -219,9 +208,18 @@ class _Processes(Team):
     def _gathered(self, value: T) -> list[T]:
         """A value of each process, by rank."""
         values: list[Any] = [None] * self.size
-        with self._others_there():
-            dist.all_gather_object(values, value)
+        self._ask(dist.all_gather_object, values, value)
         return values
+
+    def _check_device(self, device: torch.device) -> None:
+        backends = dist.get_backend_config()
+        if device.type not in (backend.split(":")[0] for backend in backends.split(",")):
+            raise ValueError(f"the process group can't sum on {device.type}: its backend is {backends}")
+
+    def _ask(self, call: Callable[..., T], *arguments: Any, **how: Any) -> T:
+        """What a call returns that all processes take part in."""
+        with self._others_there():
+            return call(*arguments, **how)
 
     @contextmanager
     def _others_there(self) -> Iterator[None]:
@@ -235,13 +233,49 @@ class _Processes(Team):
             raise ProcessError(f"{gone}; a checkpoint goes on from its last phase") from error
 
 
+class _Imagined(_Processes):
+    """The first of several processes of which the others aren't there, for steps on tensors without data.
+
+    It makes all tensors that a process makes; what the others would put into them is nothing.
+    """
+
+    def _check_device(self, device: torch.device) -> None:
+        pass
+
+    def _ask(self, call: Callable[..., T], *arguments: Any, **how: Any) -> Any:
+        return _Done()
+
+    def _gathered(self, value: T) -> list[T]:
+        return [value] * self.size
+
+
+class _Done:
+    """What is waited for when nothing was begun."""
+
+    def wait(self) -> None:
+        pass
+
+
 ALONE = Team()
+_imagined: list[int] = []
+
+
+@contextmanager
+def imagine(size: int) -> Iterator[None]:
+    """Within, a run is that of the first of so many processes, whatever there is; one is a run alone."""
+    _imagined.append(size)
+    try:
+        yield
+    finally:
+        _imagined.pop()
 
 
 def team_of(method: str) -> Team:
     """The processes of torch's default group, if it is there and has more than one."""
+    if _imagined:
+        return _Imagined(method, 0, _imagined[-1]) if _imagined[-1] > 1 else ALONE
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return _Processes(method)
+        return _Processes(method, dist.get_rank(), dist.get_world_size())
     return ALONE
 
 
