@@ -44,11 +44,15 @@ class Algorithm:
         self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: Mapping[str, Any]
     ) -> None:
         self.on_epoch = on_epoch
-        with team_of(self.method).all_or_none():
+        team = team_of(self.method)
+        with team.all_or_none():
             self.options, self._setting = settle(self.method, self.presets, preset, options)
-            self.attempt(
-                partial(self.prepare, model, clean_data, self.options, self._setting), " before the first step"
-            )
+        shard = getattr(self.options, "shard", False)
+        team.same(lambda: {"options": {"shard": shard}})
+        prepare = partial(self.prepare, model, clean_data, self.options, self._setting)
+        # where layers are put together in between, the others may wait for that
+        with team.ending_together() if shard else team.all_or_none():
+            self.attempt(prepare, " before the first step")
         self.run.beside = lambda: {f"the {name}": value for name, value in self.tensors().items()}
 
     def prepare(self, model: nn.Module, clean_data: Any, options: Any, setting: MaskSetting) -> None:
@@ -90,13 +94,15 @@ def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, 
 
     checkpoint, resume: as for :class:`Checkpoint`; None for none
     """
-    algorithm.run.team.same(lambda: {**about(algorithm), "checkpoint": (checkpoint is None, resume)})
-    for phase in _phases(algorithm, checkpoint, resume):
-        compute = partial(side_by_side, [(algorithm.run, phase)])
-        (error,) = algorithm.attempt(compute, f" in the {phase.name} phase")
-        if error is not None:
-            raise error
-    return algorithm.attempt(algorithm.result, " after the last step")
+    team = algorithm.run.team
+    team.same(lambda: {**about(algorithm), "checkpoint": (checkpoint is None, resume)})
+    with team.ending_together():
+        for phase in _phases(algorithm, checkpoint, resume):
+            compute = partial(side_by_side, [(algorithm.run, phase)])
+            (error,) = algorithm.attempt(compute, f" in the {phase.name} phase")
+            if error is not None:
+                raise error
+        return algorithm.attempt(algorithm.result, " after the last step")
 
 
 def complete_together(
