@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 
 from maskops.purify._checkpoint import Checkpoint, about
 from maskops.purify._distributed import team_of
-from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Run
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Preset, settle
 from maskops.purify._phase import Phase
+from maskops.purify._result import NonFiniteError, Purification
 from maskops.purify._savings import out_of_memory
 from maskops.purify._setting import MaskSetting
 
