@@ -11,11 +11,10 @@ from test_nn import LAYERS, image, mask_of
 from torch import nn
 from torch.nn.parameter import Parameter
 
-from maskops import MaskAdam, MaskSGD, fold_, mask_, masked_layers, masks, models
+from maskops import MaskAdam, MaskSGD, fold_, mask_, masked_layers, masks
 from maskops.checkpoint import load_masks, save_masks
 from maskops.functional import mask_to_bytes
 from maskops.nn import MASKED
-from maskops.purify import awm
 
 GRANULARITIES = ("weight", "kernel", "neuron")
 KINDS = ("conv", "linear", "norm")
@@ -57,7 +56,7 @@ def test_layers_compute_with_bytes_what_they_do_with_floats(case, backend, monke
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_model_with_bytes_folds_to_what_the_rounded_masks_do(granularity, tmp_path):
-    plain = models.build("shufflenet_v2").eval()
+    plain = tiny()
     floating = mask_(copy.deepcopy(plain), granularity, layers=KINDS)
     for mask in masks(floating).values():
         mask.data.uniform_()
@@ -138,7 +137,7 @@ def test_bytes_are_not_learned():
     with pytest.raises(RuntimeError, match="floating point"):
         model[0].mask.requires_grad_()
     with pytest.raises(ValueError, match="is masked already"):
-        awm(model, (torch.rand(4, 3, 6, 6), torch.arange(4)), progress=False)
+        mask_(model)
     learned = MaskAdam([Parameter(torch.ones(2))])
     with pytest.raises(TypeError, match="MaskAdam: masks that are learned"):
         learned.add_param_group({"params": [model[0].mask]})
