@@ -9,7 +9,9 @@ from torch import nn
 from maskops.cli import main
 from maskops.purify import plan
 from maskops.purify._distributed import ALONE, imagine, team_of
-from maskops.purify._savings import savings_of
+from maskops.purify._savings import out_of_memory, savings_of
+from maskops.purify._setting import MaskSetting
+from maskops.purify.awm import AWMOptions
 
 SHAPE = (3, 12, 12)
 KINDS = {"layers": ("conv", "linear"), "gate": "output"}
@@ -60,6 +62,14 @@ def test_several_processes_are_offered_parts_before_the_host_s_memory():
     least = planned(given, processes=2, memory=found.peak - 1).options
     assert least["offload"] and "shard" not in least
     assert [name for name, _ in savings_of(1)] == [name for name, _ in savings_of(2) if name != "shard"]
+
+
+def test_the_error_where_memory_ran_out_names_what_so_many_processes_have():
+    several = str(out_of_memory("awm", "full", AWMOptions(), MaskSetting(), processes=2))
+    assert "shard=True, offload=True; see" in several and "memory=…, processes=2)" in several
+    assert "shard" not in str(out_of_memory("awm", "full", AWMOptions(), MaskSetting()))
+    in_parts = str(out_of_memory("awm", "full", AWMOptions(shard=True), MaskSetting(), processes=2))
+    assert "mask_bits=16; see" in in_parts
 
 
 def test_what_a_plan_is_of_does_not_depend_on_a_group_that_is_there(tmp_path):
