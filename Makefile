@@ -1,4 +1,4 @@
-.PHONY: demo test fuzz lint build gpu clean
+.PHONY: demo test fuzz lint build docs gpu clean
 
 ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV   := $(ROOT)/.venv
@@ -34,6 +34,12 @@ build: $(VENV)/installed-$(EXTRAS)
 	    $(VENV)/bin/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(RUN) -m pip install -q --no-deps --target build/site build/wheel/*.whl
 	cd $(ROOT)/build && PYTHONPATH=site $(VENV)/bin/python -m maskops info
+
+# The site, in build/docs. A link, an anchor or a reference that leads nowhere fails.
+# Not --quiet: then --strict would not see the warnings either.
+docs:
+	$(MAKE) $(VENV)/installed-docs EXTRAS=docs
+	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # make gpu OUT=folder: on a CUDA machine, with the python3 that has torch and with no network.
 gpu:

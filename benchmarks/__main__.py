@@ -1,5 +1,5 @@
-"""``steps``, ``epoch``, ``ops`` and ``large`` measure, ``kernels`` compiles, ``tables`` repeats papers, and ``report``
-shows results.
+"""``steps``, ``epoch``, ``ops`` and ``large`` measure, ``moved`` counts, ``kernels`` compiles, ``tables`` repeats
+papers, ``report`` and ``figures`` show results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dry, epoch, kernels, large, networks, ops, plan, report, results, steps, sweep, tables
+from benchmarks import (
+    dry,
+    epoch,
+    figures,
+    kernels,
+    large,
+    moved,
+    networks,
+    ops,
+    plan,
+    report,
+    results,
+    steps,
+    sweep,
+    tables,
+)
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.steps_table import table
 
@@ -26,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "report":
         return report.main(options.readme, options.results, options.check)
+    if options.command == "figures":
+        return figures.main(options)
+    if options.command == "moved":
+        return moved.main(options)
     if options.command == "tables":
         return tables.main(options)
     if options.command == "kernels":
@@ -120,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_arguments(commands.add_parser("kernels", help=kernels.__doc__, description=kernels.__doc__))
     tables.add_arguments(commands.add_parser("tables", help=tables.__doc__, description=tables.__doc__))
     large.add_arguments(commands.add_parser("large", help=large.__doc__, description=large.__doc__))
+    moved.add_arguments(commands.add_parser("moved", help=moved.__doc__, description=moved.__doc__))
+    figures.add_arguments(commands.add_parser("figures", help=figures.__doc__, description=figures.__doc__))
     command = commands.add_parser("report", help="write the tables and the pictures from the results")
     command.add_argument("--readme", type=Path, default=results.ROOT / "README.md")
     command.add_argument("--results", type=Path, default=results.FOLDER)

@@ -214,17 +214,25 @@ class _Counter(TorchDispatchMode):
         return tuple(sizes)
 
     def _freed(self) -> tuple[int, ...]:
-        gone = tuple(number for number, storage in self._new.items() if storage.expired())
+        expired = torch.UntypedStorage._expired  # what StorageWeakRef asks, through two more calls
+        gone = tuple(number for number, storage in self._new.items() if expired(storage.cdata))
         for number in gone:
             del self._new[number]
         return gone
 
 
+_FLOPS_OF_OURS: dict[tuple[str, str], int] = {}
+
+
 def _flops_of_ours(func: Any, args: tuple) -> int:
     """What the reference of an op of ours takes on tensors of these shapes."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Flops() as inner:
-        getattr(reference, func.overloadpacket.__name__)(*tree_map_only(Tensor, mode.from_tensor, args))
-    return inner.flops
+    name = func.overloadpacket.__name__
+    key = name, repr(tree_map_only(Tensor, lambda tensor: (tuple(tensor.shape), tensor.stride(), tensor.dtype), args))
+    if key not in _FLOPS_OF_OURS:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Flops() as inner:
+            getattr(reference, name)(*tree_map_only(Tensor, mode.from_tensor, args))
+        _FLOPS_OF_OURS[key] = inner.flops
+    return _FLOPS_OF_OURS[key]
 
 
 class _Flops(TorchDispatchMode):

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--arch-options", type=arch_options, default={}, metavar="KEY=VALUE,…")
     parser.add_argument("--shape", type=_shape, required=True, metavar="C,H,W", help="of an image")
     parser.add_argument("--classes", type=int, required=True, help="how many the model tells apart")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that torchrun will start (default: 1)")
     parser.add_argument("--images", type=int, default=500, help="how many clean images there will be (default: 500)")
     parser.add_argument("--memory", type=_bytes, metavar="24GB", help="of the device: choose options that fit")
     output.add_arguments(parser)
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     changes = given(arguments, *METHODS[arguments.method].presets["paper"])
-    about = {"shape": arguments.shape, "classes": arguments.classes, "images": arguments.images}
+    about = {name: getattr(arguments, name) for name in ("shape", "classes", "images", "processes")}
     with torch.device("meta"):
         model = models.build(arguments)
     found = plan(model, arguments.method, **about, memory=arguments.memory, preset=arguments.preset, **changes)

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,5 +65,6 @@ class Meter(TorchDispatchMode):
             self._total += length - size
 
     def _forget_dead(self) -> None:
-        for key in [key for key, (storage, _) in self._alive.items() if storage.expired()]:
+        expired = torch.UntypedStorage._expired  # what StorageWeakRef asks, through two more calls
+        for key in [key for key, (storage, _) in self._alive.items() if expired(storage.cdata)]:
             self._total -= self._alive.pop(key)[1]
