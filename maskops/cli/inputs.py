@@ -45,6 +45,7 @@ class Inputs:
     evaluation: images and labels to measure on
     changes:    options of the method, with what follows from the model
     notes:      where all this is from, for result.json: with the options there, what repeats the run
+    warnings:   what is to be known of the images
     """
 
     arguments: argparse.Namespace
@@ -53,6 +54,7 @@ class Inputs:
     evaluation: Pair
     changes: Mapping[str, Any]
     notes: Mapping[str, Any]
+    warnings: Sequence[str]
 
     def measure(self, model: nn.Module) -> Metrics:
         """ACC, and ASR where a trigger is given, of a model that may want its images normalised."""
@@ -127,24 +129,24 @@ def load(arguments: argparse.Namespace, changes: Mapping[str, Any], seed: int) -
     if wanted.mean is not None and not {"mean", "std"} & changes.keys():
         changes |= {"mean": wanted.mean, "std": wanted.std}
         taken += [f"{name} {','.join(map(str, changes[name]))}" for name in ("mean", "std")]
-    clean, evaluation, size = _load_data(arguments, wanted.size, seed)
+    clean, evaluation, size, warnings = _load_data(arguments, wanted.size, seed)
     if arguments.size is None and size is not None and size == wanted.size:
         taken.append(f"images of {size} x {size}")
     if taken:
         output.note(f"{', '.join(taken)}: from {printable(wanted.source)}; --mean, --std and --size would overrule it")
     side = clean[0].shape[-1]
     if wanted.size not in (None, side) and arguments.size is None:
-        output.note(
-            f"warning: the images are of {side} pixels, and {printable(wanted.source)} says {wanted.size}:"
-            f" --size {wanted.size} would resize them"
-        )
+        said = f"the images are of {side} pixels, and {printable(wanted.source)} says {wanted.size}"
+        warnings.append(f"{said}: --size {wanted.size} would resize them")
+    for warning in warnings:
+        output.note(f"warning: {warning}")
     _check_channels(clean[0].shape[1], changes)
     names = ("arch", "arch_options", "weights", "clean", "n", "one_shot", "eval", "target", "curves", "preset")
     notes = {name: getattr(arguments, name) for name in names}
     notes |= {"trigger": arguments.trigger and arguments.trigger.text, "size": size, "clean_images": len(clean[1])}
     if taken:
         notes["taken_from"] = wanted.source
-    return Inputs(arguments, model.to(changes["device"]), clean, evaluation, changes, notes)
+    return Inputs(arguments, model.to(changes["device"]), clean, evaluation, changes, notes, warnings)
 
 
 def _may_ask(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> bool:
@@ -168,8 +170,10 @@ class _OnPixels(nn.Module):
         return output if isinstance(output, Tensor) else output.logits
 
 
-def _load_data(arguments: argparse.Namespace, wanted: int | None, seed: int) -> tuple[Pair, Pair, int | None]:
-    """Clean images for the purification, others to measure on, and the size that pictures were given.
+def _load_data(
+    arguments: argparse.Namespace, wanted: int | None, seed: int
+) -> tuple[Pair, Pair, int | None, list[str]]:
+    """Clean images for the purification, others to measure on, the size they were given, and what is to be known.
 
     wanted: the model's own, for pictures; None where it doesn't say
     """
@@ -193,9 +197,8 @@ def _load_data(arguments: argparse.Namespace, wanted: int | None, seed: int) -> 
     seen = _count_shared(originals, evaluation[0])
     if seen == len(originals):
         raise ValueError("all clean images are among those of --eval: measure on others, e.g. file.npz:test")
-    if seen:
-        output.note(f"warning: {seen} of {len(originals)} clean images are among those of --eval too")
-    return clean, evaluation, size
+    shared = f"{seen} of {len(originals)} clean images are among those of --eval too"
+    return clean, evaluation, size, [shared] if seen else []
 
 
 def _load_both(arguments: argparse.Namespace, wanted: int | None) -> tuple[Pair, Pair, int | None]:
