@@ -42,6 +42,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(purify, tmp_path, caps
     said = capsys.readouterr().out
     assert all(words in said for words in (METHODS[method].title, "(9, 3, 8, 8) clean", "epochs=1", "nothing was run"))
     assert ("MB of tensors" in said) == (method != "ft")
+    assert method != "awm" or "beta=0.1," in said
     assert tree(tmp_path) == before and not (tmp_path / "out").exists()
 
 

@@ -89,12 +89,18 @@ def _print(found: Mapping[str, Any], title: str) -> None:
         "model": f"{found['inputs']['arch']}, {found['parameters']} parameters, {shapes['classes']} classes",
         "images": f"{tuple(shapes['clean'])} clean, {tuple(shapes['eval'])} to measure on",
         "steps": ", ".join(f"{name}={value}" for name, value in found["steps"].items()),
-        "options": ", ".join(f"{name}={value}" for name, value in found["options"].items()),
+        "options": ", ".join(f"{name}={_shown(value)}" for name, value in found["options"].items()),
         "memory": memory,
         "output": f"{found['out']} (nothing was run or written)",
     }
     for name, text in rows.items():
         print(fill(text, 110, initial_indent=f"{name:<8} ", subsequent_indent=9 * " ", break_long_words=False))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_shown, value)) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _size(count: int) -> str:
