@@ -21,6 +21,7 @@ from torch.nn.parameter import Parameter
 
 from maskops import _scan
 from maskops._text import one_line, printable
+from maskops.functional import mask_to_bytes
 
 NESTINGS = ("net", "state_dict", "model", "model_state_dict", "netC")
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
@@ -81,14 +82,22 @@ def save_state_dict(path: str | os.PathLike, state_dict: Mapping[str, Tensor]) -
         _write_atomically("save_state_dict", path, lambda temporary: torch.save(tensors, temporary))
 
 
-def save_masks(path: str | os.PathLike, masks: Mapping[str, Tensor], options: Mapping[str, object]) -> None:
+def save_masks(
+    path: str | os.PathLike,
+    masks: Mapping[str, Tensor],
+    options: Mapping[str, object],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write masks, and the options of the run that learned them, to one safetensors file, atomically.
 
     path:    ends in .safetensors
     masks:   name -> tensor of any shape and layout; stored contiguous, each with its own memory
     options: str -> what JSON can represent without change; stored as JSON in the metadata entry "maskops"
-    errors:  CheckpointError for the path and what happens while writing, TypeError for a mask that is no tensor or an
-             option that JSON would change or refuse (tuples, NaN, paths, dtypes, …)
+    dtype:   None for the masks' own; torch.uint8 for a byte an entry: steps of 1/255, to the nearest of which masks are
+             rounded, and which 0 and 1 are
+    errors:  CheckpointError for the path and what happens while writing, TypeError for a mask that is no tensor, an
+             option that JSON would change or refuse (tuples, NaN, paths, dtypes, …) and another dtype, ValueError for
+             masks outside of [0, 1] that are to be bytes
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -96,13 +105,19 @@ def save_masks(path: str | os.PathLike, masks: Mapping[str, Tensor], options: Ma
     ...     load_masks(f"{folder}/masks.safetensors")
     ({'conv1.mask': tensor([1., 1.])}, {'method': 'awm', 'alpha': 0.9})
     """
-    _write_described("save_masks", path, masks, {"maskops": _options_json(options), "maskops_format": str(MASK_FORMAT)})
+    if dtype not in (None, torch.uint8):
+        raise TypeError(f"save_masks: dtype must be None or torch.uint8; got {dtype}")
+    metadata = {"maskops": _options_json(options), "maskops_format": str(MASK_FORMAT)}
+    if dtype is not None:
+        masks = {name: mask_to_bytes(mask) if isinstance(mask, Tensor) else mask for name, mask in masks.items()}
+    _write_described("save_masks", path, masks, metadata)
 
 
 def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The masks and the options that ``save_masks`` wrote.
 
-    returns: (name -> tensor on the CPU, the run's options)
+    returns: (name -> tensor on the CPU, of bytes if it was saved so; the run's options). A model that :func:`mask_` has
+             masked takes either: ``model.load_state_dict(masks, strict=False)``
     errors:  CheckpointError, one line, also for a safetensors file that is no mask file
     """
     return _read_described("load_masks", path, "mask", "maskops", MASK_FORMAT)

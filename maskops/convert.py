@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter, is_lazy
 
 from maskops import functional
@@ -21,6 +22,7 @@ def mask_(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     layers: str | Sequence[str] = "conv",
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Make the layers of a model masked, in place, with masks of ones; return the model.
 
@@ -31,15 +33,21 @@ def mask_(
 
     A mask acts where its layer is called: code that reads a layer's weight by itself computes without the mask.
 
+    Masks of bytes, for evaluation, take 1 byte for each entry instead of 4. They count in steps of 1/255: 0 and 1 are
+    exact, all else that ``model.load_state_dict(masks, strict=False)`` brings is rounded to the nearest. They are
+    buffers without gradients, which ``model.half()`` leaves as they are.
+
     model:       any nn.Module, also one that is a layer itself
     granularity: ``"weight"``, ``"kernel"`` or ``"neuron"``; normalisation layers always have a value per channel
     include:     patterns (as in fnmatch) of layer names, the names of ``model.named_modules()``
     exclude:     patterns of names to leave out
     layers:      kinds of layers: ``"conv"`` (also transposed), ``"linear"``, ``"norm"`` (batch norm, layer norm)
+    dtype:       None for masks that are parameters, torch.uint8 for masks of bytes
     errors:      ValueError for a pattern that fits no name, for a model in which nothing is left to mask, and, with the
                  names, for layers that can't be masked: masked already, parametrised, subclasses with their own code,
                  weights shared with a layer that isn't masked, layers of an nn.TransformerEncoderLayer, which in eval
-                 mode calls none of them, unless torch.backends.mha.set_fastpath_enabled(False) forbids that
+                 mode calls none of them, unless torch.backends.mha.set_fastpath_enabled(False) forbids that;
+                 TypeError for other dtypes
 
     >>> model = mask_(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3)), exclude="0")
     >>> [name for name, _ in model.named_parameters()]
@@ -48,9 +56,9 @@ def mask_(
     chosen = _choose(model, _as_tuple(include), _as_tuple(exclude), _as_tuple(layers))
     groups = _tied_groups(model, chosen)
     for layer in chosen.values():  # only to find out, before anything changes, whether every layer can be masked
-        MASKED[type(layer)].from_module(layer, granularity)
+        MASKED[type(layer)].from_module(layer, granularity, dtype)
     for layer in chosen.values():
-        MASKED[type(layer)]._become_masked(layer, granularity)
+        MASKED[type(layer)]._become_masked(layer, granularity, dtype)
     for first, *others in groups:
         for other in others:
             setattr(other, other.mask_name, getattr(first, first.mask_name))
@@ -72,7 +80,8 @@ def fold_(model: nn.Module) -> nn.Module:
     """Bake the masks into the weights, in place, and give back plain layers; return the model.
 
     The classes and state_dict keys are those from before :func:`mask_`; every folded weight is a new parameter equal to
-    ``weight * mask``, so tensors shared with other models stay as they are. Noise is the adversary's and is dropped.
+    ``weight * mask``, so tensors shared with other models stay as they are. Of masks of bytes it is the product with
+    what they were rounded to. Noise is the adversary's and is dropped.
 
     errors: ValueError for a model without masked layers, ValueError or TypeError, with the name, for one that can't be
             folded; nothing has been changed then
@@ -115,14 +124,15 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
-def masks(model: nn.Module) -> dict[str, Parameter]:
-    """The masks of a model by the name of the parameter, such as ``"conv1.mask"``; a shared mask once.
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of a model by name, such as ``"conv1.mask"``; a shared mask once. Those of bytes are buffers.
 
     >>> list(masks(mask_(nn.Sequential(nn.Conv2d(1, 1, 1)))))
     ['0.mask']
     """
     kept = {id(getattr(layer, layer.mask_name)) for layer in masked_layers(model).values()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in kept}
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor for name, tensor in tensors if id(tensor) in kept}
 
 
 def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,17 +19,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from maskops._text import one_line, printable, readable
+from maskops._text import one_line, readable
 from maskops.cifar import is_cifar, read_cifar
+from maskops.idx import is_idx, read_idx
 from maskops.npz import read_npz
+from maskops.parquet import is_parquet, read_parquet
+from maskops.pictures import grey_or_rgb, pixels, read_folder
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-"""What an image may be, whatever its name says: Pillow would start other programs for some other formats."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def as_tensors(clean_data: Sequence | Dataset) -> Pair:
@@ -58,15 +56,20 @@ def as_tensors(clean_data: Sequence | Dataset) -> Pair:
 
 
 def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
-    """Images and labels from a .npz file or from a folder with one folder of images per class.
+    """Images and labels from a file or a folder, in one of the layouts that data sets come in.
 
-    path:    ``file.npz`` with ``images``/``labels``, ``x``/``y``, ``x_test``/``y_test`` or ``x_train``/``y_train``;
-             where it holds several, ``file.npz:test``, ``:train``, ``:x`` or ``:images`` says which. Or a folder: its
-             folders, sorted as text, are the classes 0, 1, …, empty ones too; files that are no images are ignored. Or
-             CIFAR's own folder, as torchvision leaves it: ``cifar-10-batches-py:train``, ``cifar-100-binary:test``, …
-    size:    images of a folder are resized to size x size (bilinear); None: they must all have one size
+    path:    - ``file.npz`` with ``images``/``labels``, ``x``/``y``, ``x_test``/``y_test`` or ``x_train``/``y_train``;
+               where it holds several, ``file.npz:test``, ``:train``, ``:x`` or ``:images`` says which
+             - a folder: its folders, sorted as text, are the classes 0, 1, …, empty ones too; files that are no images
+               are ignored. ``folder:train`` is its folder ``train``
+             - ``file.parquet`` with a column of encoded images and one of labels, or a folder of such files as
+               Hugging Face's hub has them, ``folder:train``
+             - CIFAR's own folder, as torchvision leaves it: ``cifar-10-batches-py:train``, ``cifar-100-binary:test``, …
+             - MNIST's, and of others in its format: ``MNIST/raw:train``, ``FashionMNIST/raw:test``, …
+    size:    images are resized to size x size (bilinear, antialiased); None: they must all have one size
     returns: as as_tensors
-    errors:  ValueError, one line that names the file, ImportError where a folder is read without Pillow
+    errors:  ValueError, one line that names the file, ImportError where pictures are read without Pillow, or Parquet
+             without pyarrow
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -77,18 +80,19 @@ def load_images(path: str | os.PathLike, size: int | None = None) -> Pair:
     """
     if size is not None and size < 1:
         raise ValueError(f"load_images: size must be at least 1; got {size}")
-    file, part = re.fullmatch(r"(.*?)(?::(\w+))?", os.fspath(path), re.DOTALL).groups()
-    with readable(Path(file)):
-        arrays = file.endswith(".npz") or is_cifar(Path(file))
-    if not arrays:
-        return _load_folder(Path(path), size)
-    if size is not None:
-        raise ValueError(f"load_images: size is for folders of images; got size={size} and {path}")
-    return (
-        _checked(f"load_images: {file}", *read_npz(Path(file), part))
-        if file.endswith(".npz")
-        else _load_cifar(Path(file), part)
-    )
+    file, part, read = _find(path)
+    if read in _PICTURES:
+        return _checked(f"load_images: {file}", *read(file, part, size))
+    images, labels = _checked(f"load_images: {file}", *read(file, part))
+    if size is not None and images.shape[2:] != (size, size):
+        # bilinear weights sum to 1 up to rounding
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp_(0, 1)
+    return images, labels
+
+
+def holds_pictures(path: str | os.PathLike) -> bool:
+    """Whether :func:`load_images` would read pictures, each with a size of its own, from there, and not an array."""
+    return _find(path)[2] in _PICTURES
 
 
 def split(images: Tensor, labels: Tensor, n: int, generator: Generator) -> tuple[Pair, Pair]:
@@ -238,68 +242,47 @@ def _sample_image(image: object) -> Tensor:
     if isinstance(image, (Tensor, np.ndarray)):
         return _tensor("as_tensors", image)
     if hasattr(image, "getbands"):
-        return _pixels(_grey_or_rgb("as_tensors", image))
+        return pixels(grey_or_rgb("as_tensors", image))
     raise TypeError(f"as_tensors: an image must be a tensor, an array or a PIL image; got {type(image).__name__}")
 
 
-def _grey_or_rgb(function: str, image):
-    """A PIL image of any 8-bit mode in mode L or RGB."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{function}: images must have 8 bits per channel; got PIL mode {image.mode}")
-    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+def _find(path: str | os.PathLike) -> tuple[Path, str | None, Callable]:
+    """The file or folder, the part of it that is asked for, and what reads it."""
+    whole = Path(path)
+    file, part = re.fullmatch(r"(.*?)(?::(\w+))?", os.fspath(path), re.DOTALL).groups()
+    file = Path(file)
+    with readable(file):
+        if whole.is_dir():  # whose name may have a colon
+            file, part = whole, None
+        if file.suffix == ".npz" and not file.is_dir():
+            return file, part, read_npz
+        for is_here, read in ((is_cifar, _read_cifar), (is_idx, _read_idx), (is_parquet, read_parquet)):
+            if is_here(file):
+                return file, part, read
+    return file, part, _read_folder
 
 
-def _pixels(image) -> Tensor:
-    """(C, H, W) uint8 of a PIL image in mode L or RGB."""
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+def _read_cifar(folder: Path, part: str | None) -> tuple[np.ndarray, np.ndarray]:
+    return read_cifar(folder, _half(folder, part))
 
 
-def _load_cifar(folder: Path, part: str | None) -> Pair:
-    if part not in ("train", "test"):
-        found = "holds several sets of images" if part is None else f"holds no {part!r}"
-        raise ValueError(f"load_images: {folder} {found}; choose {folder}:train or {folder}:test")
-    return _checked(f"load_images: {folder}", *read_cifar(folder, part))
+def _read_idx(folder: Path, part: str | None) -> tuple[np.ndarray, np.ndarray]:
+    return read_idx(folder, _half(folder, part))
 
 
-def _load_folder(folder: Path, size: int | None) -> Pair:
-    if not folder.is_dir():
-        raise ValueError(f"load_images: expected a .npz file or a folder of class folders; got {folder}")
-    with readable(folder):
-        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files, labels = [], []
-    for label, entry in enumerate(classes):
-        with readable(entry):
-            of_class = sorted(file for file in entry.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        files += of_class
-        labels += [label] * len(of_class)
-    if not files:
-        raise ValueError(f"load_images: {folder} must hold class folders with images in them; it holds none")
-    images = [_read_image(file, size) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape[1:] != images[0].shape[1:]:
-            names = printable(str(files[0])), printable(str(file))
-            found = f"{names[0]} is {tuple(images[0].shape[1:])}, {names[1]} is {tuple(image.shape[1:])}"
-            raise ValueError(f"load_images: images must have one size, or give size=; {found}")
-    channels = max(len(image) for image in images)  # a grey image among coloured ones becomes RGB
-    stacked = torch.stack([image.expand(channels, -1, -1) for image in images])
-    return _checked(f"load_images: {folder}", stacked, torch.tensor(labels))
+def _half(folder: Path, part: str | None) -> str:
+    if part in ("train", "test"):
+        return part
+    found = "holds several sets of images" if part is None else f"holds no {part!r}"
+    raise ValueError(f"load_images: {folder} {found}; choose {folder}:train or {folder}:test")
 
 
-def _read_image(file: Path, size: int | None) -> Tensor:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("load_images: folders of images need Pillow: pip install pillow") from error
-    with readable(file), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what a file has beside its pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if not file.is_file():
-            raise OSError("it is no file")
-        with Image.open(file, formats=_FORMATS) as image:
-            image.load()
-    image = _grey_or_rgb(f"load_images: {printable(str(file))}", image)
-    return _pixels(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
+def _read_folder(folder: Path, part: str | None, size: int | None) -> Pair:
+    return read_folder(folder if part is None else folder / part, size)
+
+
+_PICTURES = (_read_folder, read_parquet)
+"""What reads files of pictures, which may have any size, and not an array."""
 
 
 def _centre_crop(images: Tensor, size: int) -> Tensor:

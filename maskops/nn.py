@@ -1,6 +1,7 @@
 """Masked layers: the torch layers with the same constructors and state_dict keys, plus a mask, and noise where used.
 
 A plain checkpoint loads into a masked layer and sets its mask to ones; a checkpoint with noise brings the noise along.
+Masks of bytes count in steps of 1/255 and are buffers; floating masks that are loaded into them are rounded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ GRANULARITIES = ("weight", "kernel", "neuron")
 
 
 class MaskedLayer:
-    """What the masked layers share. The mask begins as a parameter of ones; the noise is None until it is used."""
+    """What the masked layers share. The mask, a parameter or bytes, begins as ones; the noise as None."""
 
     plain: type[nn.Module]
     """The torch class that the layer is a masked version of."""
@@ -33,11 +34,13 @@ class MaskedLayer:
         self._add_mask(granularity)
 
     @classmethod
-    def from_module(cls, module: nn.Module, granularity: str = "weight") -> nn.Module:
+    def from_module(cls, module: nn.Module, granularity: str = "weight", dtype: torch.dtype | None = None) -> nn.Module:
         """A masked layer over the parameters and buffers of ``module`` themselves; the module stays as it is.
 
         granularity: ``"weight"`` (the weight's shape), ``"kernel"`` (out, in, 1, …) or ``"neuron"`` (out, 1, …)
-        errors:      TypeError when module isn't exactly the torch layer, ValueError for an unknown granularity
+        dtype:       None for a mask that is a parameter, torch.uint8 for a buffer of bytes, which isn't learned
+        errors:      TypeError when module isn't exactly the torch layer and for other dtypes, ValueError for an unknown
+                     granularity
 
         >>> conv = nn.Conv2d(1, 2, 3)
         >>> masked = MaskedConv2d.from_module(conv, "neuron")
@@ -51,23 +54,25 @@ class MaskedLayer:
         for name, value in vars(module).items():
             if isinstance(value, (dict, set)):
                 layer.__dict__[name] = copy.copy(value)
-        return cls._become_masked(layer, granularity)
+        return cls._become_masked(layer, granularity, dtype)
 
     @classmethod
-    def _become_masked(cls, module: nn.Module, granularity: str) -> nn.Module:
-        cls._check(module, granularity)
+    def _become_masked(cls, module: nn.Module, granularity: str, dtype: torch.dtype | None) -> nn.Module:
+        cls._check(module, granularity, dtype)
         module.__class__ = cls
-        module._add_mask(granularity)
+        module._add_mask(granularity, dtype)
         return module
 
     def _become_plain(self) -> nn.Module:
         for name in (self.mask_name, *self.noise_names):
-            del self._parameters[name]
+            delattr(self, name)
         self.__class__ = self.plain
         return self
 
     @classmethod
-    def _check(cls, module: nn.Module, granularity: str) -> None:
+    def _check(cls, module: nn.Module, granularity: str, dtype: torch.dtype | None = None) -> None:
+        if dtype not in (None, torch.uint8):
+            raise TypeError(f"{cls.__name__}: dtype must be None or torch.uint8; got {dtype}")
         if module.weight is None:
             raise ValueError(f"{cls.__name__}: the layer must have a weight to mask; got None")
         if granularity not in GRANULARITIES:
@@ -82,11 +87,14 @@ class MaskedLayer:
         keep = (0, 1) if granularity == "kernel" else (self.out_dim,)
         return tuple(size if dim in keep else 1 for dim, size in enumerate(shape))
 
-    def _add_mask(self, granularity: str) -> None:
-        # a 16-bit mask couldn't hold the small steps that an optimiser takes
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        mask = torch.ones(self._mask_shape(granularity), dtype=dtype, device=self.weight.device)
-        self.register_parameter(self.mask_name, Parameter(mask))
+    def _add_mask(self, granularity: str, dtype: torch.dtype | None = None) -> None:
+        shape, device = self._mask_shape(granularity), self.weight.device
+        if dtype == torch.uint8:
+            self.register_buffer(self.mask_name, torch.full(shape, 255, dtype=dtype, device=device))
+        else:
+            # a 16-bit mask couldn't hold the small steps that an optimiser takes
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            self.register_parameter(self.mask_name, Parameter(torch.ones(shape, dtype=dtype, device=device)))
         for name in self.noise_names:
             self.register_parameter(name, None)
 
@@ -96,18 +104,30 @@ class MaskedLayer:
         return functional.effective_weight(self.weight, mask, noise)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        state_dict = dict(state_dict)
+        state_dict, name = dict(state_dict), prefix + self.mask_name
         mask, weight = getattr(self, self.mask_name), state_dict.get(prefix + "weight")
+        of_bytes = mask.dtype == torch.uint8
         if weight is not None:
-            state_dict.setdefault(prefix + self.mask_name, torch.ones_like(mask, device=weight.device))
+            state_dict.setdefault(name, torch.full_like(mask, 255 if of_bytes else 1, device=weight.device))
+        found = state_dict.get(name)
+        if found is not None and of_bytes != (found.dtype == torch.uint8):
+            state_dict[name] = _rounded(name, found) if of_bytes else found.float() / 255
         for name in self.noise_names:
             found = state_dict.get(prefix + name)
             if found is not None and getattr(self, name) is None:
-                self.register_parameter(name, Parameter(found.detach().to(mask, copy=True)))
+                dtype = found.dtype if of_bytes else mask.dtype
+                self.register_parameter(name, Parameter(found.detach().to(mask.device, dtype, copy=True)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={tuple(getattr(self, self.mask_name).shape)}"
+
+
+def _rounded(name: str, mask: Tensor) -> Tensor:
+    try:
+        return functional.mask_to_bytes(mask)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"load_state_dict: {name}: {error}") from error
 
 
 class _MaskedConv(MaskedLayer):
@@ -164,8 +184,8 @@ class MaskedConvTranspose2d(MaskedLayer, nn.ConvTranspose2d):
     out_dim = 1
 
     @classmethod
-    def _check(cls, module: nn.Module, granularity: str) -> None:
-        super()._check(module, granularity)
+    def _check(cls, module: nn.Module, granularity: str, dtype: torch.dtype | None = None) -> None:
+        super()._check(module, granularity, dtype)
         if granularity == "neuron" and module.groups > 1:
             raise ValueError(f"{cls.__name__}: granularity 'neuron' needs groups 1; got groups {module.groups}")
 

@@ -35,16 +35,17 @@ def read_npz(path: Path, wanted: str | None) -> tuple[np.ndarray, np.ndarray]:
             alone = file.read(6) == b"\x93NUMPY"
     if alone:
         raise ValueError(f"load_images: {path} must hold named arrays; it holds one array, as np.save writes it")
-    with readable(path):
-        archive = np.load(path, allow_pickle=False)
-    with archive:
-        names = _npz_names(path, archive.files, wanted)
+    with open(path, "rb") as file:  # where np.load fails on a file that it opened itself, that stays open
         with readable(path):
-            size = path.stat().st_size
-            for member in archive.zip.infolist():
-                if member.filename.removesuffix(".npy") in names:  # NumPy takes names with and without it
-                    _check_packed(archive.zip, member, size)
-            images, labels = (archive[name] for name in names)
+            archive = np.load(file, allow_pickle=False)
+        with archive:
+            names = _npz_names(path, archive.files, wanted)
+            with readable(path):
+                size = path.stat().st_size
+                for member in archive.zip.infolist():
+                    if member.filename.removesuffix(".npy") in names:  # NumPy takes names with and without it
+                        _check_packed(archive.zip, member, size)
+                images, labels = (archive[name] for name in names)
     return images, labels
 
 

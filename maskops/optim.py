@@ -34,6 +34,10 @@ class _MaskOptimizer(torch.optim.Optimizer):
         """Add masks with options of their own; what isn't given is as for the others."""
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        wrong = [mask.dtype for mask in self.param_groups[-1]["params"] if not mask.is_floating_point()]
+        if wrong:
+            del self.param_groups[-1]
+            raise TypeError(f"{type(self).__name__}: masks that are learned must be floating; got {wrong[0]}")
 
     def _check(self, group: dict[str, Any]) -> None:
         name = type(self).__name__

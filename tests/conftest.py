@@ -1,4 +1,5 @@
 import os
+import sys
 from collections import Counter
 from importlib.util import find_spec
 
@@ -47,6 +48,12 @@ def _seeded():
 def backdoored_digits():
     """The demo's network with its backdoor, trained once; nobody may change it."""
     return demo.digits_model()
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Results come without the picture, which takes longer than a few steps on a tiny network."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Whatever is in a file, a reader returns or raises an error of ours, soon and in 
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -18,6 +19,8 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maskops.checkpoint import load_masks, load_run, load_state_dict, save_masks, save_state_dict
+from maskops.cli import option_files
 from maskops.data import load_images
+from maskops.idx import _read as _read_idx
 from maskops.purify import swm
 
 SECONDS = 5
@@ -92,6 +97,8 @@ def kinds() -> list[Kind]:
     masks = _saved(save_masks, "masks.safetensors", {"a.mask": torch.rand(3)}, {"alpha": 0.9, "layers": ["conv"]})
     run = _saved(_purify, "run.safetensors")
     cifar = _cifar_files()
+    idx = struct.pack(">4I", 0x803, 2, 3, 4) + bytes(24)
+    packed = {"": bytes, ".gz": partial(gzip.compress, mtime=0)}
     return [
         Kind("model.pth", load_state_dict, tuple(tensors[0])),
         Kind("model.pt", load_state_dict, tuple(tensors[1])),
@@ -103,7 +110,27 @@ def kinds() -> list[Kind]:
         Kind("0/a.png", _folder, tuple(map(_image, ("PNG", "GIF", "BMP", "JPEG", "PPM", "TIFF", "WEBP")))),
         Kind("test_batch", _cifar, tuple(cifar)),
         Kind("test.bin", _cifar, (bytes(3074),)),
+        *(
+            Kind(f"images-idx3-ubyte{end}", partial(_read_idx, dimensions=3), (pack(idx),))
+            for end, pack in packed.items()
+        ),
+        Kind("rows.parquet", load_images, _parquet_files()),
+        Kind("options.json", option_files._read, (b'{"epochs": 3, "mean": [0.5, 1e-3], "arch_options": {"a": null}}',)),
+        Kind("options.yaml", option_files._read, (b"epochs: 3\nmean: [0.5, 1e-3]\narch_options: {a: ~}\nflip: yes\n",)),
     ]
+
+
+def _parquet_files() -> tuple[bytes, ...]:
+    """None without pyarrow."""
+    if find_spec("pyarrow") is None:
+        return ()
+    from pyarrow import parquet, table
+
+    columns = {"image": [{"bytes": _image("PNG"), "path": "a.png"}] * 2, "label": [1, 0]}
+    files = [io.BytesIO() for _ in range(2)]
+    for file, compression in zip(files, ("snappy", "zstd"), strict=True):
+        parquet.write_table(table(columns), file, compression=compression)
+    return tuple(file.getvalue() for file in files)
 
 
 def _cifar_files() -> list[bytes]:
@@ -281,7 +308,7 @@ def main(minutes: float) -> int:
     warnings.simplefilter("ignore")
     totals: dict[str, Counter[str]] = {}
     failed: set[str] = set()
-    every = kinds()
+    every = [kind for kind in kinds() if kind.valid]
     while time.monotonic() < end:
         for kind in every:
             seed += 1

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.counting import count as counted
 from maskops.cli import main
 from maskops.purify import _buckets, _checkpoint, _distributed, sweep
+from maskops.purify._plan import _first_epoch, _one_step
 from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.methods import METHODS
 
@@ -158,11 +160,7 @@ def _take_part(rank: int, size: int, folder: Path, seconds: int, task: Callable[
     _buckets._BYTES = 1000
     where = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": size}
     dist.init_process_group("gloo", timeout=timedelta(seconds=seconds), **where)
-    try:
-        outcome = task(rank, *arguments)
-    except Exception as error:
-        outcome = type(error).__name__, str(error)
-    torch.save(outcome, folder / f"{rank}.pt")
+    torch.save(_outcome(task, rank, *arguments), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -200,6 +198,22 @@ def in_parts(rank: int) -> dict[str, Any]:
         network(), images(), "paper", None, {**LEAN, "shard": True, "layers": ("conv", "linear")}
     ).run
     found["kept"] = len(run.arena.weight), sum(weight.numel() for weight in run.arena.effective_weights.values())
+    return found
+
+
+def peaks(rank: int, runs: list[tuple[str, nn.Module, dict[str, Any]]], *data: torch.Tensor) -> list[int]:
+    """Bytes of tensors that runs of these methods, models and options need at one time, the models among them."""
+    found = []
+    for method, model, options in runs:
+
+        def run(method: str = method, model: nn.Module = model, options: dict[str, Any] = options) -> None:
+            algorithm = ALGORITHMS[method](model, data, "paper", None, {**options, "progress": False})
+            for _ in range(2):
+                for phase in _first_epoch(algorithm):
+                    _one_step(algorithm, phase)
+
+        there = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        found.append(there + counted(run).peak)
     return found
 
 
@@ -248,11 +262,42 @@ def hanging(rank: int, name: str) -> dict[str, Any]:
     return purify(name)
 
 
-def _before_a_sum(rank: int, what: Callable[[], None]) -> None:
+def fail(*_: Any) -> None:
+    raise ValueError("it fails")
+
+
+def failing(rank: int, name: str, where: int, checkpoint: Path) -> list[Any]:
+    """A run that fails in all processes, one that doesn't fail, and one in which a later step of one process does."""
+    found = [_outcome(purify, name, on_epoch=fail), _outcome(purify, name)]
+    _before_a_sum(rank, fail, where)
+    return [*found, _outcome(purify, name, checkpoint=checkpoint)]
+
+
+def failing_in_parts(rank: int, function: str, where: int) -> Any:
+    """A run with parts of masks in which a function fails in one process, before the first step or after one."""
+    if rank == where:
+        mock.patch(function, side_effect=fail).start()
+    return _outcome(purify, "awm in one batch", **LEAN, shard=True)
+
+
+def failing_command_line(rank: int, *arguments: str) -> tuple[int, str]:
+    """A command line of which one process fails in the middle of a step."""
+    _before_a_sum(rank, fail, at=3)
+    return command_line(rank, *arguments)
+
+
+def _outcome(task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return task(*arguments, **options)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def _before_a_sum(rank: int, what: Callable[[], None], where: int = 1, at: int = 30) -> None:
     add, steps = _distributed._Processes.add, count()
 
     def after_that_add(self: Any, *tensors: torch.Tensor) -> None:
-        if rank == 1 and next(steps) == 30:
+        if rank == where and next(steps) == at:
             what()
         add(self, *tensors)
 

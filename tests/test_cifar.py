@@ -111,8 +111,8 @@ def test_what_is_not_there_is_one_line(tmp_path):
         with pytest.raises(ValueError) as error:
             load_images(path)
         assert str(error.value) == message
-    with pytest.raises(ValueError, match="size is for folders of images"):
-        load_images(f"{folder}:test", size=8)
+    write_python(tmp_path / "100", ["test"], b"fine_labels")
+    assert load_images(f"{tmp_path / '100'}:test", size=8)[0].shape == (3, 3, 8, 8)
     (folder / "test_batch.bin").write_bytes(b"123")
     (folder / "test_batch").unlink()
     with pytest.raises(ValueError, match="is no whole number of images of 3073 bytes"):

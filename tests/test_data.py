@@ -213,8 +213,17 @@ def test_load_images_names_the_archive_in_every_error(tmp_path):
     np.savez(path, x=pixels(2, 3, 4, 4), y=np.array([-1, 0]))
     with pytest.raises(ValueError, match=rf"^load_images: {path}: labels must be at least 0; got -1$"):
         load_images(path)
-    with pytest.raises(ValueError, match=r"^load_images: size is for folders of images; got size=8 and .*data.npz$"):
-        load_images(path, size=8)
+
+
+def test_load_images_resizes_arrays_on_request(tmp_path):
+    array = np.repeat(np.repeat(pixels(3, 3, 4, 4), 2, axis=2), 2, axis=3)
+    np.savez(tmp_path / "data.npz", x=array, y=np.arange(3))
+    images, _ = load_images(tmp_path / "data.npz", size=4)
+    # half the size: a weighted mean of the nearest four in each direction, 1:3:3:1
+    assert images.shape == (3, 3, 4, 4) and images.min() >= 0 and images.max() <= 1
+    assert load_images(tmp_path / "data.npz", size=16)[0].shape == (3, 3, 16, 16)
+    np.savez(tmp_path / "data.npz", x=np.full((2, 1, 9, 7), 51, np.uint8), y=np.arange(2))
+    assert torch.allclose(load_images(tmp_path / "data.npz", size=5)[0], torch.tensor(0.2))
 
 
 class Bomb:

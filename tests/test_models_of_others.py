@@ -6,7 +6,9 @@ from helpers import DEVICE, rand, relative_error
 from torch import nn
 
 from maskops import fold_, mask_, masks
+from maskops.checkpoint import load_state_dict, save_state_dict
 from maskops.nn import MASKED
+from maskops.purify import awm
 
 KINDS = {"conv": ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d"), "linear": ("Linear",)}
 KINDS["norm"] = ("BatchNorm1d", "BatchNorm2d", "LayerNorm")
@@ -109,3 +111,18 @@ def test_mask_run_learn_and_fold(name, kind):
         assert relative_error(logits(fold_(model), images), masked) < 1e-5
     assert {module_name: type(module) for module_name, module in model.named_modules()} == before
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", ["timm resnet10t", "timm vit_tiny_patch16_224", "transformers ResNet"])
+def test_a_purified_model_is_loaded_into_its_class(name, tmp_path):
+    model, images = build(name), rand(4, 3, 32, 32)
+    clean = images.sigmoid(), torch.arange(4) % 2
+    short = {"epochs": 1, "inner_steps": 1, "outer_steps": 1, "lr": 0.2, "progress": False}
+    purified = awm(model, clean, layers=("conv", "linear"), exclude=maskable(model, "conv")[1], **short).model
+    assert type(purified) is type(model) and list(purified.state_dict()) == list(model.state_dict())
+    save_state_dict(tmp_path / "purified.safetensors", purified.state_dict())
+    again = MODELS[name]().eval().to(DEVICE)
+    again.load_state_dict(load_state_dict(tmp_path / "purified.safetensors"))
+    with torch.no_grad():
+        expected, before = logits(purified, images), logits(model, images)
+        assert torch.equal(logits(again, images), expected) and not torch.allclose(expected, before)

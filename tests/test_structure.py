@@ -23,11 +23,23 @@ ROOMS = (
 )
 """From the bottom to the top; a room imports from those below it."""
 LOWER = (
-    *("augment", "_scan", "cifar", "npz", "data", "checkpoint"),
+    *("augment", "_scan", "cifar", "idx", "npz", "parquet", "pictures", "data", "checkpoint"),
     *("convert", "optim", "lean", "arena", "backdoor", "models"),
 )
 """The rooms side by side under purify."""
-OPTIONAL = ("safetensors", "tqdm", "triton", "matplotlib", "sklearn", "PIL", "transformers", "torchvision", "timm")
+OPTIONAL = (
+    "safetensors",
+    "tqdm",
+    "triton",
+    "matplotlib",
+    "sklearn",
+    "PIL",
+    "transformers",
+    "torchvision",
+    "timm",
+    "yaml",
+    "pyarrow",
+)
 
 
 def room(module):

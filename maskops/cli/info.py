@@ -11,22 +11,29 @@ import torch
 
 from maskops import report
 from maskops._dispatch import BACKENDS, OPS, _load, why_not
+from maskops.cli import output
 from maskops.cli.options import best_device
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """None: there is nothing to choose."""
+    """There is nothing to choose but how it is said."""
+    output.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, version in report.versions().items():
-        print(f"{name:<9} {version}")
-    print(f"{'triton':<9} {_triton()}")
-    print(f"{'cuda':<9} {_gpu()}")
-    print(f"{'kernels':<9} {_kernels()}")
-    for backend in BACKENDS:
-        print(f"{'backend':<9} {backend}: {_served(backend)}")
-    print(f"{'forced':<9} {_forced()}")
+    found = {**report.versions(), "triton": _triton(), "cuda": _gpu(), "kernels": _kernels()}
+    backends, forced = served(best_device()), _forced()
+    arguments.result = {**found, "backends": backends, "forced": forced}
+    for name, text in found.items():
+        print(f"{name:<9} {text}")
+    for name, text in backends.items():
+        print(f"{'backend':<9} {name}: {text}")
+    print(f"{'forced':<9} {forced}")
+
+
+def served(device: torch.device) -> dict[str, str]:
+    """For each backend how many ops it serves on a device, and the commonest reason against the others."""
+    return {backend: _served(backend, torch.zeros(1, device=device)) for backend in BACKENDS}
 
 
 def _triton() -> str:
@@ -56,9 +63,7 @@ def _kernels() -> str:
     return f"{architectures} by {info['compiler']} at revision {info['revision']}"
 
 
-def _served(backend: str) -> str:
-    """How many ops the backend serves on this machine's best device, and the commonest reason against the others."""
-    example = torch.zeros(1, device=best_device())
+def _served(backend: str, example: torch.Tensor) -> str:
     reasons = Counter(why_not(backend, op, example) for op in OPS)
     served = reasons.pop(None, 0)
     text = f"{served} of {len(OPS)} ops"

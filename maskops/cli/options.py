@@ -34,7 +34,9 @@ def add_options(
         values = {name: getattr(preset, field.name) for name, preset in presets.items()}
         text = texts.get(field.name) or f"{documented[field.name]} ({_defaults(values)})"
         text = text.replace("%", "%%")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **_kind(field))
+        option = f"--{field.name.replace('_', '-')}"
+        action = parser.add_argument(option, default=argparse.SUPPRESS, help=text, **_kind(field))
+        action.nullable = "None" in field.type  # for files of options, which can say so
 
 
 def given(arguments: argparse.Namespace, *dataclasses: Any) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def field_texts(dataclass: Any) -> dict[str, str]:
         paragraphs = re.split(rf"^ +({name}(?:, {name})*): +", documented.__doc__, flags=re.MULTILINE)[1:]
         for listed, text in zip(paragraphs[::2], paragraphs[1::2], strict=True):
             for field in listed.split(", "):
-                texts.setdefault(field, " ".join(re.sub(r"``\"([^\"`]*)\"``|``", r"\1", text).split()))
+                plain = re.sub(r"``\"([^\"`]*)\"``|``|:\w+:`([^`]*)`", r"\1\2", text)
+                texts.setdefault(field, " ".join(plain.split()))
     for name in names:
         if name not in texts:
             texts[name] = f"see {next(other for other, text in texts.items() if name in text)}"
@@ -93,12 +96,12 @@ def _or_auto(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return read_or_auto
 
 
-def method_in(argv: Sequence[str], among: Collection[str] = METHODS) -> str:
-    """The method in a command line; AWM's name where there is none, or one that the parser will refuse."""
+def method_in(argv: Sequence[str], among: Collection[str] = METHODS, otherwise: Any = None) -> str:
+    """The method in a command line, or else the other; AWM's name where that is none, or one that will be refused."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--method", nargs="?")
-    method = parser.parse_known_args(list(argv))[0].method
-    return method if method in among else "awm"
+    method = parser.parse_known_args(list(argv))[0].method or otherwise
+    return method if isinstance(method, str) and method in among else "awm"
 
 
 def arch_options(text: str) -> dict[str, Any]:
@@ -137,6 +140,11 @@ def _dtype(text: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise argparse.ArgumentTypeError(f"expected a floating dtype such as bfloat16; got {text!r}")
     return dtype
+
+
+def plain(value: Any) -> Any:
+    """An option's value as one that JSON knows."""
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.device)) else value
 
 
 def numbers(text: str) -> list[float]:

@@ -14,7 +14,7 @@ from maskops.functional.linear import dual_masked_linear, masked_linear
 from maskops.functional.many import many_masked_conv2d, many_masked_linear
 from maskops.functional.norm import affine_relu_, masked_batch_norm, masked_layer_norm
 from maskops.functional.trigger import trigger_step_
-from maskops.functional.weight import clip_mask_, effective_weight, effective_weights
+from maskops.functional.weight import clip_mask_, effective_weight, effective_weights, mask_to_bytes
 
 __all__ = [
     "affine_relu_",
@@ -25,6 +25,7 @@ __all__ = [
     "effective_weights",
     "many_masked_conv2d",
     "many_masked_linear",
+    "mask_to_bytes",
     "masked_batch_norm",
     "masked_conv1d",
     "masked_conv2d",

@@ -111,3 +111,23 @@ def clip_mask_(mask: Tensor, lower: float | Tensor = 0.0, upper: float = 1.0) ->
         raise ValueError(f"clip_mask_: lower must broadcast to mask {shape(mask)}; got {shape(lower)}")
     with torch.no_grad():
         return mask.copy_(mask.clamp(max=upper).clamp_(min=lower))
+
+
+def mask_to_bytes(mask: Tensor) -> Tensor:
+    """A mask in steps of 1/255, which all masked layers and effective weights take: ``round(255 * mask)``.
+
+    mask:    (*) any floating dtype, in [0, 1]; one of bytes stays as it is
+    returns: (*) uint8, at most 1/510 away; 0 and 1 are exact
+    errors:  ValueError for values outside of [0, 1], TypeError for a mask of other dtypes
+
+    >>> mask_to_bytes(torch.tensor([0.0, 0.1, 1.0]))
+    tensor([  0,  26, 255], dtype=torch.uint8)
+    """
+    if mask.dtype == torch.uint8:
+        return mask
+    check_floating("mask_to_bytes", "mask", mask)
+    if not ((mask >= 0) & (mask <= 1)).all():
+        least, most = mask.aminmax()
+        raise ValueError(f"mask_to_bytes: mask must be in [0, 1]; got values from {least:.6g} to {most:.6g}")
+    wide = torch.promote_types(mask.dtype, torch.float32)
+    return (255 * mask.detach().to(wide)).round().to(torch.uint8)

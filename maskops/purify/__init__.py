@@ -1,8 +1,8 @@
 """Purification: the papers' loops. They see the model and clean images, never a real trigger."""
 
-from maskops.purify._loop import NonFiniteError, Purification
 from maskops.purify._plan import Plan, plan
 from maskops.purify._pruning import prune
+from maskops.purify._result import NonFiniteError, Purification
 from maskops.purify._setting import MaskSetting, Setting
 from maskops.purify._sweep import sweep
 from maskops.purify.anp import ANPOptions, anp

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 
 from maskops.purify._checkpoint import Checkpoint, about
 from maskops.purify._distributed import team_of
-from maskops.purify._loop import NonFiniteError, OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Run
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Preset, settle
 from maskops.purify._phase import Phase
+from maskops.purify._result import NonFiniteError, Purification
 from maskops.purify._savings import out_of_memory
 from maskops.purify._setting import MaskSetting
 
@@ -44,11 +45,15 @@ class Algorithm:
         self, model: nn.Module, clean_data: Any, preset: str, on_epoch: OnEpoch | None, options: Mapping[str, Any]
     ) -> None:
         self.on_epoch = on_epoch
-        with team_of(self.method).all_or_none():
+        team = team_of(self.method)
+        with team.all_or_none():
             self.options, self._setting = settle(self.method, self.presets, preset, options)
-            self.attempt(
-                partial(self.prepare, model, clean_data, self.options, self._setting), " before the first step"
-            )
+        shard = getattr(self.options, "shard", False)
+        team.same(lambda: {"options": {"shard": shard}})
+        prepare = partial(self.prepare, model, clean_data, self.options, self._setting)
+        # where layers are put together in between, the others may wait for that
+        with team.ending_together() if shard else team.all_or_none():
+            self.attempt(prepare, " before the first step")
         self.run.beside = lambda: {f"the {name}": value for name, value in self.tensors().items()}
 
     def prepare(self, model: nn.Module, clean_data: Any, options: Any, setting: MaskSetting) -> None:
@@ -81,7 +86,8 @@ class Algorithm:
         run = getattr(self, "run", None)
         shape, saved = (None, "") if run is None else (run.images.shape[1:], run.saved)
         where = f"{where}; the model is left as it was{saved}"
-        raise out_of_memory(self.method, reason, self.options, self._setting, shape, where)
+        processes = team_of(self.method).size
+        raise out_of_memory(self.method, reason, self.options, self._setting, shape, where, processes)
 
 
 def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, resume: bool = False) -> Purification:
@@ -89,13 +95,15 @@ def complete(algorithm: Algorithm, checkpoint: str | os.PathLike | None = None, 
 
     checkpoint, resume: as for :class:`Checkpoint`; None for none
     """
-    algorithm.run.team.same(lambda: {**about(algorithm), "checkpoint": (checkpoint is None, resume)})
-    for phase in _phases(algorithm, checkpoint, resume):
-        compute = partial(side_by_side, [(algorithm.run, phase)])
-        (error,) = algorithm.attempt(compute, f" in the {phase.name} phase")
-        if error is not None:
-            raise error
-    return algorithm.attempt(algorithm.result, " after the last step")
+    team = algorithm.run.team
+    team.same(lambda: {**about(algorithm), "checkpoint": (checkpoint is None, resume)})
+    with team.ending_together():
+        for phase in _phases(algorithm, checkpoint, resume):
+            compute = partial(side_by_side, [(algorithm.run, phase)])
+            (error,) = algorithm.attempt(compute, f" in the {phase.name} phase")
+            if error is not None:
+                raise error
+        return algorithm.attempt(algorithm.result, " after the last step")
 
 
 def complete_together(

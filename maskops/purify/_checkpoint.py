@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from maskops._text import one_line
-from maskops.arena import MaskArena
 from maskops.checkpoint import CheckpointError, load_run, save_run
 from maskops.optim import EIGHT_BITS, MaskAdam, MaskSGD
 from maskops.purify._finite import is_finite
@@ -72,7 +71,7 @@ class Checkpoint:
 
     def __init__(self, algorithm: Resumable, path: str | os.PathLike, resume: bool) -> None:
         self._algorithm, self._path = algorithm, Path(path)
-        self._team, self._parts = algorithm.run.team, _parts(algorithm)
+        self._team, self._shards = algorithm.run.team, algorithm.run.shards
         # where parts are put together all processes must come by, whatever the first one finds
         self._needed = _made(algorithm)
         self._tensors: dict[str, Tensor] = {}
@@ -117,10 +116,10 @@ class Checkpoint:
 
     def _as_the_first(self, decided: bool) -> bool:
         """What the first process decided, if all must do the same."""
-        return decided if self._parts == 1 else self._team.first(lambda: decided)
+        return decided if self._shards == 1 else self._team.first(lambda: decided)
 
     def _save(self, phases: int) -> None:
-        if self._team.rank > 0 and self._parts == 1:
+        if self._team.rank > 0 and self._shards == 1:
             return
         start = time.monotonic()
         algorithm, run = self._algorithm, self._algorithm.run
@@ -192,12 +191,10 @@ class Checkpoint:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        arena = _arena(self._algorithm)
-        for name, value in {**self._algorithm.run.tensors(), **self._algorithm.tensors()}.items():
-            if arena is not None and value is arena.mask:
-                arena.take_masks(self._tensors[f"run.{name}"])
-            else:
-                value.copy_(self._tensors[f"run.{name}"])
+        algorithm, run = self._algorithm, self._algorithm.run
+        run.take_up({name: self._tensors[f"run.{name}"] for name in run.tensors()})
+        for name, value in algorithm.tensors().items():
+            value.copy_(self._tensors[f"run.{name}"])
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -249,21 +246,8 @@ def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _live(algorithm: Resumable) -> dict[str, Tensor]:
     """What steps change in place, but for the optimisers' states, which aren't there before the first step."""
-    arena = _arena(algorithm)
-    masks = {} if arena is None else {"mask": arena.mask_in_one()}
-    live = {**algorithm.run.tensors(), **masks, **algorithm.tensors()}
+    live = {**algorithm.run.whole_tensors(), **algorithm.tensors()}
     return {f"run.{name}": value.detach() for name, value in live.items()}
-
-
-def _arena(algorithm: Resumable) -> MaskArena | None:
-    """That of a run which learns masks."""
-    return getattr(algorithm.run, "arena", None)
-
-
-def _parts(algorithm: Resumable) -> int:
-    """Over how many processes what is learned is spread."""
-    arena = _arena(algorithm)
-    return 1 if arena is None else arena.memory.parts
 
 
 def _made(algorithm: Resumable) -> dict[str, _Kind]:
@@ -302,7 +286,7 @@ def _belongs(algorithm: Resumable, name: str, value: Tensor) -> bool:
         return False
     parameter = parameters[int(found[2])]
     if "." in found[3] or found[3].endswith("_scale"):  # a layer's own, or a number for some: fewer, in a row
-        return value.dim() <= 1 and value.numel() <= parameter.numel() * _parts(algorithm)
+        return value.dim() <= 1 and value.numel() <= parameter.numel() * algorithm.run.shards
     return value.shape in ((), parameter.shape)
 
 

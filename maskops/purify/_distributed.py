@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from maskops._text import one_line
 from maskops.checkpoint import CheckpointError
+from maskops.purify import _failures
 from maskops.purify._whole_norms import WholeBatchNorms
 
 T = TypeVar("T")
@@ -31,6 +36,10 @@ _GONE = re.compile(
     re.IGNORECASE,
 )
 """How gloo and NCCL say that another process doesn't answer: most of their errors are plain RuntimeErrors."""
+
+
+_LOOK = 0.5
+"""Seconds after which a process that waits for the others looks whether one of them has failed."""
 
 
 class ProcessError(RuntimeError):
@@ -109,13 +118,20 @@ class Team:
         """An error that is raised within, where nothing is summed, by one process is raised by all of them."""
         return nullcontext()
 
+    def ending_together(self) -> AbstractContextManager[object]:
+        """An error that is raised within by one process ends the others when they next wait for it."""
+        return nullcontext()
+
+    def settled(self, device: torch.device) -> None:
+        """Wait for what a GPU has been asked to do, unless another process, for which that waits, has failed."""
+
 
 class _Processes(Team):
     why_eager = "sums over several processes aren't recorded"
 
-    def __init__(self, method: str) -> None:
-        self._method = method
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, method: str, rank: int, size: int) -> None:
+        self._method, self.rank, self.size = method, rank, size
+        self._agreed: int | None = None
 
     def part(self, count: int) -> Part:
         each, more = divmod(count, self.size)
@@ -124,9 +140,7 @@ class _Processes(Team):
         return Part(count, slice(start, start + own), own / count) if own else Part(count, slice(0, 1), 0.0)
 
     def check(self, network: nn.Module, device: torch.device, batch_statistics: bool, track_statistics: bool) -> None:
-        backends = dist.get_backend_config()
-        if device.type not in (backend.split(":")[0] for backend in backends.split(",")):
-            raise ValueError(f"the process group can't sum on {device.type}: its backend is {backends}")
+        self._check_device(device)
         for name, module in network.named_modules():
             if batch_statistics and isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(f"{name} is a SyncBatchNorm: give a plain batch norm, which becomes one by itself")
@@ -151,26 +165,17 @@ class _Processes(Team):
         return total
 
     def adding(self, tensor: Tensor) -> Callable[[], None]:
-        with self._others_there():
-            work = dist.all_reduce(tensor, async_op=True)
-
-        def wait() -> None:
-            with self._others_there():
-                work.wait()
-
-        return wait
+        return self._begin(dist.all_reduce, tensor)
 
     @torch.no_grad()
     def gather(self, whole: Tensor) -> None:
         data = whole.view(torch.uint8)  # which every backend takes
-        with self._others_there():
-            _all_gather(data, data.chunk(self.size)[self.rank].clone())
+        self._begin(_all_gather, data, data.chunk(self.size)[self.rank].clone())()
 
     @torch.no_grad()
     def sum_part(self, whole: Tensor) -> Tensor:
         part = whole.new_empty(len(whole) // self.size)
-        with self._others_there():
-            _reduce_scatter(part, whole)
+        self._begin(_reduce_scatter, part, whole)()
         return part
 
     def most(self, tensor: Tensor) -> None:
@@ -178,13 +183,12 @@ class _Processes(Team):
 
     @torch.no_grad()
     def _reduce(self, tensor: Tensor, op: Any) -> None:
-        with self._others_there():
-            if tensor.is_contiguous():
-                dist.all_reduce(tensor, op)
-            else:
-                dense = tensor.contiguous()
-                dist.all_reduce(dense, op)
-                tensor.copy_(dense)
+        if tensor.is_contiguous():
+            self._begin(dist.all_reduce, tensor, op)()
+        else:
+            dense = tensor.contiguous()
+            self._begin(dist.all_reduce, dense, op)()
+            tensor.copy_(dense)
 
     def same(self, about: Callable[[], Mapping[str, Any]]) -> None:
         with self.all_or_none():
@@ -210,39 +214,142 @@ class _Processes(Team):
         kind = next((kind for kind in _KINDS if isinstance(own, kind)), RuntimeError)
         found = self._gathered(None if own is None else (kind, str(own)))
         failed = next((rank for rank, error in enumerate(found) if error is not None), None)
-        if failed == self.rank:
-            raise own
-        if failed is not None:
+        if failed is None:
+            return
+        if failed != self.rank:
             kind, message = found[failed]
-            raise kind(f"{message} (in process {failed})") from ProcessError(f"process {failed} has failed")
+            own = kind(f"{message} (in process {failed})")
+            own.__cause__ = ProcessError(f"process {failed} has failed")
+        self._agreed = id(own)  # the error itself would keep the frames of what failed, and their tensors
+        raise own
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        try:
+            yield
+        except ProcessError:
+            _failures.leave(self.size)
+            raise
+        except Exception as error:
+            if id(error) != self._agreed:
+                ours, text = f"{self._method}: ", str(error)
+                reason = one_line(text.removeprefix(ours)) if text.startswith(ours) else one_line(error)
+                _failures.leave(self.size, f"process {self.rank} has failed: {reason}")
+            raise
 
     def _gathered(self, value: T) -> list[T]:
         """A value of each process, by rank."""
         values: list[Any] = [None] * self.size
+        here = torch.device("cpu" if "cpu" in _backends() else "cuda")
+        # once all have come to this, what follows waits for nobody who has failed
+        self._begin(dist.all_reduce, torch.zeros(1, device=here))()
+        self.settled(here)
         with self._others_there():
             dist.all_gather_object(values, value)
         return values
+
+    def _check_device(self, device: torch.device) -> None:
+        if device.type not in _backends():
+            backends = dist.get_backend_config()
+            raise ValueError(f"the process group can't sum on {device.type}: its backend is {backends}")
+
+    def _begin(self, call: Callable[..., Any], tensor: Tensor, *more: Any) -> Callable[[], None]:
+        """Begin what all processes take part in; what is returned waits for it."""
+        with self._others_there():
+            work = call(tensor, *more, async_op=True)
+        # another backend's has only been queued when it returns: the GPU waits
+        looks = _backends().get(tensor.device.type) == "gloo"
+        return partial(self._wait, work, looks)
+
+    def _wait(self, work: dist.Work, looks: bool) -> None:
+        with self._others_there():
+            while looks:
+                try:
+                    work.wait(timedelta(seconds=_LOOK))
+                    return
+                except RuntimeError as error:
+                    if "Operation timed out" not in str(error):  # which is what this wait alone says of its time
+                        raise
+                self._raise_if_one_failed()
+            work.wait()
+
+    def settled(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            return
+        event, looked = torch.cuda.Event(), time.monotonic()
+        event.record()
+        with self._others_there():
+            while not event.query():
+                time.sleep(0.0005)
+                if time.monotonic() - looked > _LOOK:
+                    self._raise_if_one_failed()
+                    looked = time.monotonic()
+
+    def _raise_if_one_failed(self) -> None:
+        reason = _failures.heard()
+        if reason is not None:
+            raise ProcessError(f"{self._method}: {reason}; a checkpoint goes on from its last phase")
 
     @contextmanager
     def _others_there(self) -> Iterator[None]:
         try:
             yield
+        except ProcessError:
+            raise
         except RuntimeError as error:
             if not (isinstance(error, dist.DistNetworkError) or _GONE.search(str(error))):
                 raise
+            self._raise_if_one_failed()
             reason = re.sub(r"^(\[[^\]]*\]\s*)+", "", (str(error).splitlines() or [type(error).__name__])[0])
             gone = f"{self._method}: another process of the run is gone ({reason})"
             raise ProcessError(f"{gone}; a checkpoint goes on from its last phase") from error
 
 
+class _Imagined(_Processes):
+    """The first of several processes of which the others aren't there, for steps on tensors without data.
+
+    It makes all tensors that a process makes; what the others would put into them is nothing.
+    """
+
+    def _check_device(self, device: torch.device) -> None:
+        pass
+
+    def _begin(self, call: Callable[..., Any], tensor: Tensor, *more: Any) -> Callable[[], None]:
+        return lambda: None
+
+    def _gathered(self, value: T) -> list[T]:
+        return [value] * self.size
+
+    def ending_together(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
 ALONE = Team()
+_imagined: list[int] = []
+
+
+@contextmanager
+def imagine(size: int) -> Iterator[None]:
+    """Within, a run is that of the first of so many processes, whatever there is; one is a run alone."""
+    _imagined.append(size)
+    try:
+        yield
+    finally:
+        _imagined.pop()
 
 
 def team_of(method: str) -> Team:
     """The processes of torch's default group, if it is there and has more than one."""
+    if _imagined:
+        return _Imagined(method, 0, _imagined[-1]) if _imagined[-1] > 1 else ALONE
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return _Processes(method)
+        return _Processes(method, dist.get_rank(), dist.get_world_size())
     return ALONE
+
+
+def _backends() -> dict[str, str]:
+    """Who sums for the group on each type of device."""
+    return dict(backend.split(":") for backend in dist.get_backend_config().split(","))
 
 
 def _difference(what: str, value: Any, other: Any, rank: int) -> str:

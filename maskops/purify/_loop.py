@@ -6,9 +6,9 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -26,46 +26,11 @@ from maskops.purify._fake import has_data, on_host
 from maskops.purify._images import CleanImages, count_held_out
 from maskops.purify._phase import Lane, Phase
 from maskops.purify._precision import precision
+from maskops.purify._result import NonFiniteError, Purification
 from maskops.purify._setting import LAYERS, NOISE, Setting
 from maskops.purify._working import PixelModel
 
 OnEpoch = Callable[[int, nn.Module], None]
-
-
-class NonFiniteError(RuntimeError):
-    """A loss was NaN or infinite; the message says in which phase and where it began. The user's model is as it was."""
-
-
-@dataclass(frozen=True)
-class Purification:
-    """What a purification returns.
-
-    model:   the purified model, of the user's class and in the user's mode (train or eval): plain layers with the masks
-             folded in, or masked layers if that was asked for. It shares no tensor with the user's
-    masks:   name -> mask on the CPU, such as ``"conv1.mask"``; empty for methods that change weights otherwise
-    trigger: the last trigger that an inner maximisation found, (1, C, H, W) in pixel units; None for methods without
-    history: name -> one number per epoch
-    timings: seconds of each phase and in total; ``peak_bytes`` of memory on the GPU, or else of the whole process
-    options: all settings of the run, as values that JSON knows
-    scores:  name -> what a mask was before it was pruned to zeros and ones, for :func:`maskops.purify.prune`; None for
-             methods that don't prune
-    execution: phase -> how its steps ran: ``"CUDA graph"``, or ``"eager: "`` and why; empty for methods that only run
-             eagerly
-    """
-
-    model: nn.Module
-    masks: dict[str, Tensor]
-    trigger: Tensor | None
-    history: dict[str, list[float]]
-    timings: dict[str, float]
-    options: dict[str, Any]
-    scores: dict[str, Tensor] | None = None
-    execution: dict[str, str] = field(default_factory=dict)
-
-    def explain(self) -> str:
-        """How the steps of each phase ran, a line each."""
-        width = max(map(len, self.execution), default=0)
-        return "\n".join(f"{phase:<{width}}  {how}" for phase, how in self.execution.items())
 
 
 class Run:
@@ -335,9 +300,22 @@ class Run:
             with eval_mode(model):
                 on_epoch(epoch, model)
 
+    shards = 1
+    """Over how many processes what is learned is spread."""
+
     def tensors(self) -> dict[str, Tensor]:
         """What steps change in place, by names of its own."""
         return {}
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """The same, with what is spread over processes put together: all must ask for it."""
+        return self.tensors()
+
+    @torch.no_grad()
+    def take_up(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with these, as :meth:`whole_tensors` gives them."""
+        for name, value in self.tensors().items():
+            value.copy_(tensors[name])
 
     def generators(self) -> dict[str, torch.Generator]:
         """Where the run draws from."""

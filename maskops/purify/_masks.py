@@ -24,11 +24,12 @@ from maskops.purify._buckets import BucketSums
 from maskops.purify._depth import depths
 from maskops.purify._distributed import ALONE, team_of
 from maskops.purify._draws import Batch
-from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Run
 from maskops.purify._losses import Branch, Losses
 from maskops.purify._noise import Biases, Noise
 from maskops.purify._parts import Parts, Shrink, Step
 from maskops.purify._phase import Phase
+from maskops.purify._result import Purification
 from maskops.purify._setting import MaskSetting
 from maskops.purify._shards import Shards
 from maskops.purify._working import WorkingModel, shared_copy
@@ -276,12 +277,26 @@ class MaskRun(Run):
         self.add_gradients()
         return losses
 
+    @property
+    def shards(self) -> int:
+        return self.arena.memory.parts
+
     def tensors(self) -> dict[str, Tensor]:
         self.arena.memory.settle()
         changed = {"mask": self.arena.mask} | {f"bias {name}": bias for name, bias in self.biases.items()}
         if self._track_statistics:
             changed |= {f"buffer {name}": buffer for name, buffer in self.model.network.named_buffers()}
         return changed
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        return {**self.tensors(), "mask": self.arena.mask_in_one()}
+
+    @torch.no_grad()
+    def take_up(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in self.tensors().items():
+            if name != "mask":
+                value.copy_(tensors[name])
+        self.arena.take_masks(tensors["mask"])
 
     def depths(self) -> dict[str, int]:
         """The depth of each mask's layer among the masked ones, from 1: see :func:`maskops.purify._depth.depths`."""

@@ -188,6 +188,7 @@ class Phase:
                 self._after()
             if self._records is not None:  # each process has noted what its rows add
                 self._lane.team.add(self._records)
+            self._lane.team.settled(self._lane.device)
         self._lane.join()
         if self._records is None:
             return {}

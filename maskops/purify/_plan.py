@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from maskops._memory import host_memory
 from maskops.purify._algorithm import Algorithm
+from maskops.purify._distributed import imagine
 from maskops.purify._fake import fake_copy
 from maskops.purify._meter import Meter, garbage_of_its_own
 from maskops.purify._options import settle
 from maskops.purify._phase import Phase
-from maskops.purify._savings import SAVINGS
+from maskops.purify._savings import savings_of
 from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.anp import ANPOptions
 from maskops.purify.awm import AWMOptions
@@ -27,7 +28,7 @@ from maskops.purify.awm import AWMOptions
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of a purification on its device, in bytes.
+    """The memory of a purification on its device, in bytes; of several processes, of the one that needs most.
 
     model:      the user's own, parameters and buffers; with ``offload`` what of it isn't masked
     kept:       what the run holds throughout, by name: ``"weights"`` θ in the order of the arena, ``"masks"``,
@@ -38,6 +39,7 @@ class Plan:
     parameters: masked ones
     fits:       whether the peak is within the memory; True without one
     host:       with ``offload``, by name as in ``kept``, what the run holds in the host's memory instead
+    processes:  that compute it together, each with this memory
     """
 
     model: int
@@ -48,6 +50,7 @@ class Plan:
     parameters: int
     fits: bool = True
     host: dict[str, int] = field(default_factory=dict)
+    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -56,14 +59,15 @@ class Plan:
 
     @property
     def bytes_per_parameter(self) -> float:
-        """What the run holds throughout for each masked parameter, the user's model not counted."""
+        """What a process holds throughout for each masked parameter of the model, the user's own not counted."""
         kept = sum(size for name, size in self.kept.items() if name not in ("images", "other"))
         return kept / max(self.parameters, 1)
 
     def __str__(self) -> str:
         rows = [("the model itself", self.model), *self.kept.items()]
         rows += [(f"{name}, beside that", size) for name, size in self.phases.items()]
-        rows += [("most at one time", self.peak)]
+        each = "" if self.processes == 1 else f", in each of {self.processes} processes"
+        rows += [(f"most at one time{each}", self.peak)]
         rows += [(f"{name}, in the host's memory", size) for name, size in self.host.items()]
         width = max(len(name) for name, _ in rows)
         chosen = ", ".join(f"{name}={_shown(value)}" for name, value in self.options.items())
@@ -79,6 +83,7 @@ def plan(
     classes: int,
     images: int = 500,
     memory: float | None = None,
+    processes: int = 1,
     preset: str = "paper",
     **options: Any,
 ) -> Plan:
@@ -86,26 +91,27 @@ def plan(
 
     The steps themselves run, on tensors that have shapes and no data; the model may be on the meta device. With a
     limit on it, options that save memory are added, from those that only cost time to those that round (``dtype``,
-    ``weight_dtype``, ``mask_bits``) and at last ``offload``, until the peak fits; then, where a step's batch must stay
-    in one piece, a ``batch_size`` that is given is halved, down to a quarter. What the method refuses for this model is
-    left out.
+    ``weight_dtype``, ``mask_bits``) and at last, of several processes, ``shard``, and ``offload``, until the peak fits;
+    then, where a step's batch must stay in one piece, a ``batch_size`` that is given is halved, down to a quarter. What
+    the method refuses for this model is left out.
 
     method:  ``"awm"``, ``"swm"``, ``"anp"`` or ``"nft"``
     shape:   (C, H, W) of an image
     classes: how many the model tells apart
     images:  how many clean images there will be
     memory:  the limit in bytes, such as ``24e9``; None for none
+    processes: as many as torchrun will start, each with a device of its own; the plan is of one with the most rows
     options: as for the method; those given here are never changed, but for ``batch_size`` as said. ``branches`` and
              ``gate`` are a GPU's by default
     returns: a :class:`Plan`, whose ``options`` can be given to the method; without ``fits`` it is the smallest found
-    errors:  ValueError for an unknown method and for no images or classes, and as the method itself
+    errors:  ValueError for an unknown method and for no images, classes or processes, and as the method itself
 
     >>> from maskops.models import small_vgg
     >>> found = plan(small_vgg(), shape=(3, 32, 32), classes=10, batch_size=16, layers=("conv", "linear"))
     >>> found.kept["masks"] == found.kept["weights"], found.fits
     (True, True)
     """
-    about = {"shape": shape, "classes": classes, "images": images, "preset": preset}
+    about = {"shape": shape, "classes": classes, "images": images, "processes": processes, "preset": preset}
     return plans(model, method, [memory], **about, **options)[0]
 
 
@@ -117,22 +123,23 @@ def plans(
     shape: Sequence[int],
     classes: int,
     images: int = 500,
+    processes: int = 1,
     preset: str = "paper",
     **options: Any,
 ) -> list[Plan]:
     """As :func:`plan`, for each of several limits: options that several of them try are tried once."""
     if method not in tuple(ALGORITHMS):
         raise ValueError(f"plan: method must be one of {', '.join(ALGORITHMS)}; got {method!r}")
-    for name, count in (("classes", classes), ("images", images)):
+    for name, count in (("classes", classes), ("images", images), ("processes", processes)):
         if count < 1:
             raise ValueError(f"plan: {name} must be at least 1; got {count}")
     chosen = settle(method, ALGORITHMS[method].presets, preset, options)
     about = {"shape": tuple(shape), "classes": classes, "images": images, "preset": preset}
-    search = _Search(partial(_measured, model, method, **about), options)
+    search = _Search(partial(_measured, model, method, processes=processes, **about), options, processes)
     batch = _batch_size(chosen[0], images, tuple(shape))
     known = {field.name for of in chosen for field in fields(of)} - options.keys()
     wide = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    savings = [saving for saving in SAVINGS if saving[0] in known and (wide or "dtype" not in saving[0])]
+    savings = [saving for saving in savings_of(processes) if saving[0] in known and (wide or "dtype" not in saving[0])]
     with garbage_of_its_own():
         return [search.fitted(memory, batch, savings) for memory in memories]
 
@@ -142,10 +149,11 @@ class _Search:
 
     measure: of options the plan; ValueError for those that the method refuses
     given:   options that are not to be changed, but for a batch_size
+    processes: among which batches are divided
     """
 
-    def __init__(self, measure: Callable[[dict[str, Any]], Plan], given: dict[str, Any]) -> None:
-        self._compute, self._given = measure, given
+    def __init__(self, measure: Callable[[dict[str, Any]], Plan], given: dict[str, Any], processes: int) -> None:
+        self._compute, self._given, self._processes = measure, given, processes
         self._measured: dict[str, Plan | ValueError] = {}
 
     def fitted(self, memory: float | None, batch: int, savings: Sequence[tuple[str, Any]]) -> Plan:
@@ -153,24 +161,30 @@ class _Search:
         found = self._measure(self._given)
         if memory is None:
             return found
+        own = -(-batch // self._processes)
         for option, value in savings:
             if found.peak <= memory:
                 break
             options = {**found.options, option: value}
             candidates = [options]
             if option == "micro_batch_size":
-                sizes = _halves(found.options.get(option, batch), value * batch)
+                sizes = _halves(found.options.get(option, own), value * own)
                 candidates = [{**options, option: size} for size in sizes]
             elif option == "step_in_backward":  # which takes one backward of everything
-                several = {"micro_batch_size", "branches"} - self._given.keys()
-                candidates = [{name: value for name, value in options.items() if name not in several}]
+                candidates = [self._without({"micro_batch_size", "branches"}, options)]
+            elif option == "offload":
+                candidates = [self._without({"shard"}, options)]
             found = self._smaller(found, memory, candidates)
             if found.peak <= memory and option != "micro_batch_size":
-                found = self._in_larger_parts(found, memory, batch)
+                found = self._in_larger_parts(found, memory, own)
         if found.peak > memory and "batch_size" in self._given and "micro_batch_size" not in found.options:
             halves = [{**found.options, "batch_size": max(batch // parts, 1)} for parts in (2, 4)]
             found = self._smaller(found, memory, halves)
         return replace(found, fits=found.peak <= memory)
+
+    def _without(self, names: set[str], options: dict[str, Any]) -> dict[str, Any]:
+        """The options but for those of these names that were chosen."""
+        return {name: value for name, value in options.items() if name not in names - self._given.keys()}
 
     def _smaller(self, found: Plan, memory: float, candidates: Iterable[dict[str, Any]]) -> Plan:
         """The first of the candidates that fits, or the last before one that is refused or needs more."""
@@ -224,6 +238,7 @@ def _measured(
     shape: tuple[int, ...],
     classes: int,
     images: int,
+    processes: int,
     preset: str,
 ) -> Plan:
     as_on_gpu = {"gate": "output", **({"branches": "concatenated"} if method == "awm" else {})}
@@ -233,7 +248,7 @@ def _measured(
     count = next(count for count in range(least, 2 * images + 1) if _learned_from(settled, count) >= batch)
     data = torch.zeros(count, *shape), torch.arange(count) % classes
     settings = {**as_on_gpu, **options, "device": "cpu", "progress": False, "batch_size": batch}
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+    with imagine(processes), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         with host_memory() if options.get("offload") else nullcontext():
             copied = fake_copy(model)
         own = meter.now()
@@ -261,8 +276,8 @@ def _measured(
     apart = (images - learned_from) * math.prod(shape) * algorithm.run.images.dtype.itemsize
     kept["other"] = max(held - own - sum(kept.values()) - counted, 0)
     kept["images"] = learned_from * stored[0].nbytes + apart
-    parameters = sum(weight.numel() for weight in arena.weights.values())
-    return Plan(own, kept, phases, preparation, options, parameters, host=host)
+    parameters = sum(map(arena.entries, arena.weights))
+    return Plan(own, kept, phases, preparation, options, parameters, host=host, processes=processes)
 
 
 def _batch_size(options: Any, images: int, shape: tuple[int, ...]) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from maskops.purify._algorithm import complete_together
 from maskops.purify._distributed import team_of
-from maskops.purify._loop import NonFiniteError, Purification
+from maskops.purify._result import NonFiniteError, Purification
 from maskops.purify.anp import ANP
 from maskops.purify.awm import AWM
 from maskops.purify.nft import NFT

@@ -15,11 +15,12 @@ from maskops.optim import MaskSGD
 from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch
 from maskops.purify._images import count_held_out
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional
 from maskops.purify._phase import Phase
 from maskops.purify._pruning import kept, threshold_within
+from maskops.purify._result import Purification
 from maskops.purify._setting import MaskSetting
 
 

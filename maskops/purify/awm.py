@@ -17,10 +17,11 @@ from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._distributed import ALONE, Team
 from maskops.purify._draws import Batch
 from maskops.purify._images import CleanImages
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number
 from maskops.purify._phase import Phase
+from maskops.purify._result import Purification
 from maskops.purify._setting import MaskSetting
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from maskops.purify._loop import Purification
 from maskops.purify._options import Preset
+from maskops.purify._result import Purification
 from maskops.purify.anp import PRESETS as ANP_PRESETS
 from maskops.purify.anp import anp
 from maskops.purify.awm import PRESETS as AWM_PRESETS

@@ -18,10 +18,11 @@ from maskops.optim import MaskSGD
 from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch, Drawn
 from maskops.purify._fake import on_host
-from maskops.purify._loop import OnEpoch, Purification, cosine
+from maskops.purify._loop import OnEpoch, cosine
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional
 from maskops.purify._phase import Phase
+from maskops.purify._result import Purification
 from maskops.purify._setting import MaskSetting
 
 AUGMENTATIONS = ("mixup", "cutmix", "cutout", "augmix", "randaugment", "adversarial", "none")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from maskops.optim import MaskAdam
 from maskops.purify._algorithm import Algorithm, complete
 from maskops.purify._draws import Batch
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number
 from maskops.purify._phase import Phase
+from maskops.purify._result import Purification
 from maskops.purify._setting import MaskSetting
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskops.purify._checkpoint import Checkpoint
-from maskops.purify._loop import OnEpoch, Purification, Run
+from maskops.purify._loop import OnEpoch, Run
 from maskops.purify._options import Preset, settle
+from maskops.purify._result import Purification
 
 
 class Baseline:

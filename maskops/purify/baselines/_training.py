@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskops._state import eval_mode
-from maskops.purify._loop import Purification, Run
+from maskops.purify._loop import Run
 from maskops.purify._options import number
+from maskops.purify._result import Purification
 from maskops.purify._working import PixelModel
 
 

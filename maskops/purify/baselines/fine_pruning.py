@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from maskops._state import eval_mode, seeded_layers
-from maskops.purify._loop import OnEpoch, Purification, cosine
+from maskops.purify._loop import OnEpoch, cosine
 from maskops.purify._options import Preset, choice, number
+from maskops.purify._result import Purification
 from maskops.purify._setting import Setting
 from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._trace import activity, last_linear

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskops.purify._loop import OnEpoch, Purification, Run, cosine
+from maskops.purify._loop import OnEpoch, Run, cosine
 from maskops.purify._options import Auto, Preset, choice, number
+from maskops.purify._result import Purification
 from maskops.purify._setting import Setting
 from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._training import check_training, finish, one_pass, set_lr, sgd, train

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from maskops.purify._loop import OnEpoch, Purification, Run, cosine
+from maskops.purify._loop import OnEpoch, Run, cosine
 from maskops.purify._options import Preset, number, optional
+from maskops.purify._result import Purification
 from maskops.purify._setting import Setting
 from maskops.purify._working import PixelModel
 from maskops.purify.baselines._baseline import Baseline, complete, tensors_of

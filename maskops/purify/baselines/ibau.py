@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskops.purify._images import CleanImages
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch
 from maskops.purify._options import Auto, Preset, choice, number
+from maskops.purify._result import Purification
 from maskops.purify._setting import Setting
 from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._hypergradient import hypergradient

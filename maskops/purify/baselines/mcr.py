@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import Parameter
 
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch
 from maskops.purify._options import Preset, number
+from maskops.purify._result import Purification
 from maskops.purify._setting import Setting
 from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._training import (

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch
 from maskops.purify._options import Preset, number
+from maskops.purify._result import Purification
 from maskops.purify._setting import Setting
 from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._trace import attention, check_maps

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskops.optim import MaskSGD
-from maskops.purify._loop import OnEpoch, Purification
+from maskops.purify._loop import OnEpoch
 from maskops.purify._masks import MaskRun
 from maskops.purify._options import Auto, Preset, choice, number, optional
 from maskops.purify._pruning import apply_masks, kept, threshold_within
+from maskops.purify._result import Purification
 from maskops.purify._setting import MaskSetting
 from maskops.purify.baselines._baseline import Baseline, complete, tensors_of
 from maskops.purify.baselines._training import hits, one_pass, set_lr, sgd

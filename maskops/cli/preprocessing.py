@@ -1,0 +1,88 @@
+"""How a model wants its images, where it says so itself: mean, std and size."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from maskops._text import one_line
+from maskops.cli import transformers_folder
+
+_RESCALE = 1 / 255
+
+
+class Preprocessing(NamedTuple):
+    """What a model says of its images; None for what it doesn't.
+
+    mean, std: per channel, of pixels in [0, 1]
+    size:      height and width
+    source:    where it says so
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | None = None
+    source: str = ""
+
+
+def of(arch: str, model: nn.Module) -> Preprocessing:
+    """From the files of a folder of transformers, or the attributes of a model of timm; nothing for other models.
+
+    errors: ValueError, one line that names the file
+    """
+    folder = transformers_folder.named(arch)
+    if folder is not None:
+        return _of_folder(folder)
+    for name in ("pretrained_cfg", "default_cfg"):
+        found = getattr(model, name, None)
+        if isinstance(found, Mapping) and found:
+            mean, std = (_channels(found.get(which)) for which in ("mean", "std"))
+            together = mean is not None and std is not None
+            size = _square(list(found.get("input_size") or ())[1:])
+            return Preprocessing(*((mean, std) if together else (None, None)), size, f"the model's {name}")
+    return Preprocessing()
+
+
+def _of_folder(folder: Path) -> Preprocessing:
+    config = transformers_folder.read_json(folder / "config.json")
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return Preprocessing(size=_square(config.get("image_size")), source=str(folder / "config.json"))
+    content = transformers_folder.read_json(file)
+    factor = content.get("rescale_factor", _RESCALE)
+    plain = isinstance(factor, (int, float)) and math.isclose(factor, _RESCALE, rel_tol=1e-3)
+    if not plain or content.get("do_rescale") is False or content.get("rescale_offset") or content.get("offset"):
+        raise ValueError(f"{file} scales pixels in a way of its own, not by 1/255: give --mean and --std, and --size")
+    mean = std = None
+    if content.get("do_normalize") is not False:
+        mean, std = (_channels(content.get(name)) for name in ("image_mean", "image_std"))
+        if mean is None or std is None:
+            found = {name: content.get(name) for name in ("image_mean", "image_std")}
+            raise ValueError(f"{file}: image_mean and image_std must be numbers; got {one_line(json.dumps(found))}")
+    size = None
+    if content.get("do_center_crop"):
+        size = _square(content.get("crop_size"))
+    elif content.get("do_resize") is not False:
+        size = _square(content.get("size"))
+    return Preprocessing(mean, std, size or _square(config.get("image_size")), str(file))
+
+
+def _channels(values: Any) -> tuple[float, ...] | None:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        return None
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return tuple(float(value) for value in values) if numbers else None
+
+
+def _square(size: Any) -> int | None:
+    """The side of a square image, however it is said."""
+    if isinstance(size, Mapping):
+        size = [size[name] for name in ("height", "width", "shortest_edge") if name in size]
+    sides = set(size) if isinstance(size, Sequence) and not isinstance(size, str) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) and not isinstance(side, bool) and side > 0 else None
