@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 from maskops.report._markup import Markup, element
@@ -69,15 +69,27 @@ class _Scale:
         return [tick for tick in between if self.low - 1e-9 <= math.log10(tick) <= self.high + 1e-9]
 
 
-def number(value: Value) -> str:
+def number(value: Value, digits: int = 3) -> str:
     """
     >>> [number(value) for value in (0.123456, 120000.0, 2.0, -1e-7, None)]
     ['0.123', '1.2e+05', '2', '−1e-07', 'no number']
     """
     if value is None:
         return "no number"
-    shown = f"{value:.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}"
+    shown = f"{value:.0f}" if 10**digits <= abs(value) < 1e5 else f"{value:.{digits}g}"
     return shown.replace("-", "−", 1) if value < 0 else shown
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """As short as they can be without saying something else.
+
+    >>> _labels([2.0, 2.5]), _labels([2.025, 2.0275, 2.03])
+    (['2', '2.5'], ['2.025', '2.0275', '2.03'])
+    """
+    apart = min((after - before for before, after in pairwise(ticks)), default=1.0)
+    off = (max((abs(float(f"{tick:.{digits}g}") - tick) for tick in ticks), default=0.0) for digits in range(3, 16))
+    digits = next((3 + more for more, most in enumerate(off) if most < 0.01 * apart), 16)
+    return [number(tick, digits) for tick in ticks]
 
 
 def lines(
@@ -98,8 +110,9 @@ def lines(
     margin = 0 if log or span else 0.04 * (high - low)
     x = _Scale(min(places), max(places), (_LEFT + 6, WIDTH - _RIGHT))
     y = _Scale(low - margin, high + margin, (_HEIGHT - _BOTTOM, _TOP), log)
+    heights = y.ticks(5)
     ticks = [
-        *(_y_tick(y(value), number(value)) for value in y.ticks(5)),
+        *(_y_tick(y(value), label) for value, label in zip(heights, _labels(heights), strict=True)),
         *(_x_tick(x(value), number(value)) for value in x.ticks(6, whole=True)),
     ]
     drawn = [_line(line, points, index % _KINDS, x, y, along) for index, (line, points) in enumerate(of)]
