@@ -152,6 +152,15 @@ def test_files_that_are_none_are_one_line(tmp_path, capsys, monkeypatch):
     assert "YAML needs PyYAML: pip install maskops[yaml], or write JSON" in said
 
 
+@pytest.mark.parametrize("command", ["plan", "purify"])
+def test_no_file_has_code_run(tmp_path, capsys, command):
+    asked = {"arch": "os:system", "arch_options": {"command": f"touch {tmp_path}/ran"}}
+    (tmp_path / "o.json").write_text(json.dumps(asked))
+    said = refused(capsys, [command, "--options", str(tmp_path / "o.json")])
+    assert "arch: os:system would be imported and called" in said and "--arch" in said
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_result_repeats_its_run(tmp_path, capsys, no_picture):
     inputs = write_inputs(tmp_path)
     given = {**inputs, "out": tmp_path / "first", "n": 9, "seed": 3, "trigger": "badnets_square:size=2", "target": 1}
@@ -160,7 +169,10 @@ def test_a_result_repeats_its_run(tmp_path, capsys, no_picture):
     result = tmp_path / "first" / "result.json"
     said = json.loads(result.read_text())
     assert said["inputs"]["trigger"] == "badnets_square:size=2" and said["inputs"]["n"] == 9
-    assert main(["purify", "--options", str(result), "--out", str(tmp_path / "second")]) == 0
+    capsys.readouterr()
+    again = ["purify", "--options", str(result), "--out", str(tmp_path / "second")]
+    assert "helpers_cli:network would be imported and called" in refused(capsys, again)
+    assert main([*again, "--arch", said["inputs"]["arch"]]) == 0
     (masks, options), (others, same) = (
         load_masks(tmp_path / name / "masks.safetensors") for name in ("first", "second")
     )

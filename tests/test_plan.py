@@ -120,6 +120,12 @@ def test_a_plan_with_held_out_images_measures_the_batch_of_the_run(images, batch
     assert found.kept["images"] >= images * 3 * 16 * 16
 
 
+def test_at_last_what_takes_one_backward_of_the_whole_batch_is_tried_though_parts_saved_more_before():
+    kept = {"dtype": None, "weight_dtype": None, "gate": "output", "state_bits": 32, "mask_bits": 32}
+    options = plan(deep(32), memory=1, shape=(3, 8, 8), classes=4, batch_size=8, **kept).options
+    assert options["offload"] and options["step_in_backward"] and "micro_batch_size" not in options
+
+
 def test_what_was_given_is_never_changed():
     about = {"shape": (3, 8, 8), "classes": 4, "branches": "concatenated", "recompute": False, "gate": "output"}
     options = plan(deep(), memory=1, dtype=None, weight_dtype=None, **about).options

@@ -1,6 +1,7 @@
 """Options from a file: JSON or YAML, by the names they have on the command line, which wins.
 
-Such a file is as hostile as any: of bounded size, without YAML's aliases, and nothing in it but plain values.
+Such a file is as hostile as any: of bounded size, without YAML's aliases, nothing in it but plain values, and no
+architecture that would be imported and called.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from maskops._text import one_line, printable
+from maskops.cli import transformers_folder
 from maskops.cli.options import arch_options
 
 _MOST = {".json": 1 << 24, ".yaml": 1 << 16, ".yml": 1 << 16}
@@ -22,8 +24,8 @@ _DEEPEST = 16
 
 _LEFT_OUT = ("options", "help")
 _OF_A_RESULT = ("options", "inputs", "versions")
-_NOT_GIVEN = ("clean_images", "folded", "taken_from")
-"""What a result.json says beside what can be given."""
+_NOT_GIVEN = ("clean_images", "folded", "taken_from", "device")
+"""What a result.json says beside what can be given; and where that run was, which need not be here."""
 
 
 class OptionFile(NamedTuple):
@@ -61,6 +63,9 @@ def apply(parser: argparse.ArgumentParser, file: OptionFile, argv: Sequence[str]
         near = get_close_matches(unknown[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else f" (see {parser.prog} --help)"
         raise ValueError(f"{file.path}: there is no option {one_line(', '.join(unknown))}{hint}")
+    if _would_run_code(values.get("arch")) and not _is_in(argv, known["arch"]):
+        reason = "would be imported and called, which a file can't ask for: give --arch too"
+        raise ValueError(f"{file.path}: arch: {one_line(values['arch'])} {reason}")
     for group in parser._mutually_exclusive_groups:
         here = [action.dest for action in group._group_actions if _is_given(values, action.dest)]
         if any(_is_in(argv, action) for action in group._group_actions):
@@ -79,6 +84,10 @@ def apply(parser: argparse.ArgumentParser, file: OptionFile, argv: Sequence[str]
             raise ValueError(f"{file.path}: {name}: {printable(reason)}") from None
         known[name].required = False
     parser.set_defaults(**defaults)
+
+
+def _would_run_code(arch: Any) -> bool:
+    return isinstance(arch, str) and ":" in arch and transformers_folder.named(arch) is None
 
 
 def _is_given(values: Mapping[str, Any], name: str) -> bool:

@@ -170,10 +170,13 @@ class _Search:
             if option == "micro_batch_size":
                 sizes = _halves(found.options.get(option, own), value * own)
                 candidates = [{**options, option: size} for size in sizes]
-            elif option == "step_in_backward":  # which takes one backward of everything
-                candidates = [self._without({"micro_batch_size", "branches"}, options)]
-            elif option == "offload":
-                candidates = [self._without({"shard"}, options)]
+            elif option == "step_in_backward":
+                candidates = [self._in_one_backward(options)]
+            elif option in ("shard", "offload"):
+                taken = {"step_in_backward": True, "remake_weights": True}
+                candidates = [{**taken, **self._in_one_backward(options)}]
+                if option == "offload":
+                    candidates = [self._without({"shard"}, candidates[0])]
             found = self._smaller(found, memory, candidates)
             if found.peak <= memory and option != "micro_batch_size":
                 found = self._in_larger_parts(found, memory, own)
@@ -181,6 +184,9 @@ class _Search:
             halves = [{**found.options, "batch_size": max(batch // parts, 1)} for parts in (2, 4)]
             found = self._smaller(found, memory, halves)
         return replace(found, fits=found.peak <= memory)
+
+    def _in_one_backward(self, options: dict[str, Any]) -> dict[str, Any]:
+        return self._without({"micro_batch_size", "branches"}, options)
 
     def _without(self, names: set[str], options: dict[str, Any]) -> dict[str, Any]:
         """The options but for those of these names that were chosen."""
