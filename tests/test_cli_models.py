@@ -94,6 +94,7 @@ def test_a_folder_s_model_is_transformers_own(vit, tmp_path, capsys):
     [
         ("not json", "config.json can't be read (JSONDecodeError"),
         ("[1]", "it must hold an object; got list"),
+        ('{"x":' * 600 + "1" + "}" * 600, "can't be read (RecursionError"),
         ("[" * 100000, "can't be read (RecursionError"),
         ({**VIT, "model_type": "evil"}, "model_type must be an image classifier of transformers; got 'evil'"),
         ({**VIT, "model_type": "timm_wrapper"}, "must be an image classifier of transformers; got 'timm_wrapper'"),
@@ -101,8 +102,15 @@ def test_a_folder_s_model_is_transformers_own(vit, tmp_path, capsys):
         ({**VIT, "backbone": "somebody/model"}, "models with backbone are not read"),
         ({**VIT, "x": [{"quantization_config": {"quant_method": "evil"}}]}, "with quantization_config are not read"),
         ({**VIT, "hidden_act": "evil"}, "transformers can't make this model ("),
-        ({**VIT, "hidden_size": 10**6, "intermediate_size": 10**6}, "numbers, fewer than the"),
+        ({**VIT, "hidden_size": 60_000, "intermediate_size": 60_000}, "numbers, fewer than the"),
         ({**VIT, "num_hidden_layers": 2}, "numbers, fewer than the"),
+        (
+            {**VIT, "num_labels": 10**9, "id2label": None},
+            "num_labels must be at most 65536; got",
+        ),
+        ({**VIT, "num_hidden_layers": 10**9}, "num_hidden_layers must be at most 64; got"),
+        ({**VIT, "x": [{"depths": [1, 65]}]}, "depths must be at most 64; got 65"),
+        ({**VIT, "x": [1] * 1025}, "x must have at most 1024 values; got 1025"),
         ({**VIT, "hidden_size": 4}, "model.safetensors doesn't fit the model in"),
         ({**VIT, "model_type": "resnet"}, "model.safetensors"),
     ],
@@ -113,6 +121,23 @@ def test_folders_of_no_use_are_one_line(vit, tmp_path, capsys, config, words):
     os.link(vit / "model.safetensors", tmp_path / "model.safetensors")
     given = {"arch": f"transformers:{tmp_path}", "clean": "c.npz", "eval": "e.npz"}
     assert words in refused(capsys, dry(tmp_path, **given))
+
+
+def test_a_config_can_t_ask_for_modules_without_end(vit, monkeypatch):
+    monkeypatch.setattr(transformers_folder, "_LAYERS", frozenset())  # as of a model with a name of its own for them
+    content = {**VIT, "num_hidden_layers": 60_000}
+    limits = transformers_folder.Limits(tensors=20, numbers=10**5)
+    with pytest.raises(ValueError, match="it has more than 1320 modules"):
+        transformers_folder.make(vit / "config.json", content, limits)
+
+
+def test_a_plan_needs_no_weights_but_bounds_the_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**VIT, "num_hidden_layers": 2}))
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert transformers_folder.build(tmp_path).config.num_hidden_layers == 2
+    (tmp_path / "config.json").write_text(json.dumps({**VIT, "num_labels": 10**9, "id2label": None}))
+    with pytest.raises(ValueError, match="num_labels must be at most 1000000"):
+        transformers_folder.build(tmp_path)
 
 
 def test_what_names_no_folder_is_one_line(vit, tmp_path, capsys):
