@@ -77,7 +77,7 @@ class Limits(NamedTuple):
 _FEW = Limits(64, 1 << 16)
 _WITHOUT_WEIGHTS = Limits(4096, 10**6)
 _LONGEST = 1024
-_LAYERS = frozenset(("layer", "layers", "depth", "depths", "block", "blocks", "stages", "repeats"))
+_LAYERS = frozenset(("layer", "layers", "depth", "depths", "blocks", "stages", "repeats"))
 """Words in the names of entries that say how many layers there are."""
 
 
