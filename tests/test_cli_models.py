@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +186,17 @@ def test_preprocessing_is_read_as_transformers_means_it(tmp_path, preprocessor, 
         assert wanted is ... or value == wanted
 
 
+def test_a_model_can_t_ask_for_pictures_that_fill_the_memory(vit, tmp_path, capsys):
+    for file in ("model.safetensors", "config.json"):
+        os.link(vit / file, tmp_path / file)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, "size": 60_000}))
+    write_pictures(tmp_path / "clean", 3)
+    write_pictures(tmp_path / "eval", 3, start=10)
+    given = {"arch": f"transformers:{tmp_path}", "clean": tmp_path / "clean", "eval": tmp_path / "eval"}
+    assert "must be of at most 4096 pixels; got 60000: give --size" in refused(capsys, dry(tmp_path, **given))
+    assert main(dry(tmp_path, size=16, **given)) == 0
+
+
 def as_timm(**config):
     """A network that says what timm's say."""
     model = network()
@@ -191,11 +204,12 @@ def as_timm(**config):
     return model
 
 
-def test_models_of_timm_say_how_they_want_their_images(tmp_path, capsys):
+def test_models_of_timm_say_how_they_want_their_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=as_timm))
     save_state_dict(tmp_path / "model.pth", network().state_dict())
     write_pictures(tmp_path / "clean", 6)
     write_pictures(tmp_path / "eval", 3, start=10)
-    given = {"arch": f"{__name__}:as_timm", "weights": tmp_path / "model.pth"}
+    given = {"arch": "timm:create_model", "weights": tmp_path / "model.pth"}
     data = {"clean": tmp_path / "clean", "eval": tmp_path / "eval"}
     assert main(dry(tmp_path, "--json", **given, **data)) == 0
     printed = capsys.readouterr()
@@ -208,8 +222,12 @@ def test_models_of_timm_say_how_they_want_their_images(tmp_path, capsys):
     assert json.loads(printed.out)["images"]["clean"] == [12, 3, 8, 8]
     assert "the images are of 8 pixels, and the model's pretrained_cfg says 12: --size 12 would resize" in printed.err
     model = as_timm(mean=None, input_size=(3, 12, 14))
-    assert preprocessing.of("a", model) == Preprocessing(source="the model's pretrained_cfg")
-    assert preprocessing.of("a", network()) == Preprocessing()
+    assert preprocessing.of("timm.models:a", model) == Preprocessing(source="the model's pretrained_cfg")
+    assert preprocessing.of("timm:a", network()) == Preprocessing()
+    model.default_cfg = as_timm().pretrained_cfg
+    assert preprocessing.of(f"{__name__}:as_timm", model) == preprocessing.of("timm_x:a", model) == Preprocessing()
+    del model.pretrained_cfg
+    assert preprocessing.of("timm:a", model) == Preprocessing()
 
 
 def test_pictures_take_the_size_of_the_arrays_that_they_are_used_with(tmp_path, capsys):

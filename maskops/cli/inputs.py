@@ -125,6 +125,8 @@ def load(arguments: argparse.Namespace, changes: Mapping[str, Any], seed: int) -
     """
     model = models.load(arguments)
     wanted = preprocessing.of(arguments.arch, model) if _may_ask(arguments, changes) else preprocessing.Preprocessing()
+    if arguments.size is None:
+        preprocessing.check_size(wanted)
     changes, taken = dict(changes), []
     if wanted.mean is not None and not {"mean", "std"} & changes.keys():
         changes |= {"mean": wanted.mean, "std": wanted.std}
