@@ -70,6 +70,22 @@ def test_a_folder_of_transformers_says_how_it_wants_its_images(vit, tmp_path, ca
     assert not (vit / "ran").exists()
 
 
+def test_it_is_said_that_pictures_are_resized_whole_and_not_cropped(vit, tmp_path, capsys):
+    for file in ("model.safetensors", "config.json"):
+        os.link(vit / file, tmp_path / file)
+    cropping = {**PREPROCESSOR, "size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(cropping))
+    write_pictures(tmp_path / "clean", 3)
+    write_pictures(tmp_path / "eval", 3, start=10)
+    given = {"arch": f"transformers:{tmp_path}", "clean": tmp_path / "clean", "eval": tmp_path / "eval"}
+    options = {"method": "ft", "out": tmp_path / "out", "epochs": 1, "device": "cpu", **given}
+    assert main(["purify", *line(options), "--no-progress"]) == 0
+    said = "images of 16 x 16 (resized whole, not cropped): from"
+    assert said in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert said in found["warnings"][0] and "resized whole" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_what_is_given_wins_over_the_model_s_own(vit, tmp_path, capsys):
     write_pictures(tmp_path / "clean", 3, size=16)
     write_pictures(tmp_path / "eval", 3, start=10, size=16)

@@ -23,12 +23,14 @@ class Preprocessing(NamedTuple):
     mean, std: per channel, of pixels in [0, 1]
     size:      height and width
     source:    where it says so
+    cropped:   whether it means the middle of a larger picture
     """
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     size: int | None = None
     source: str = ""
+    cropped: bool = False
 
 
 def of(arch: str, model: nn.Module) -> Preprocessing:
@@ -73,12 +75,12 @@ def _of_folder(folder: Path) -> Preprocessing:
         if mean is None or std is None:
             found = {name: content.get(name) for name in ("image_mean", "image_std")}
             raise ValueError(f"{file}: image_mean and image_std must be numbers; got {one_line(json.dumps(found))}")
-    size = None
-    if content.get("do_center_crop"):
+    size, cropped = None, bool(content.get("do_center_crop"))
+    if cropped:
         size = _square(content.get("crop_size"))
     elif content.get("do_resize") is not False:
         size = _square(content.get("size"))
-    return Preprocessing(mean, std, size or _square(config.get("image_size")), str(file))
+    return Preprocessing(mean, std, size or _square(config.get("image_size")), str(file), cropped)
 
 
 def _channels(values: Any) -> tuple[float, ...] | None:
