@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +70,22 @@ def test_a_folder_of_transformers_says_how_it_wants_its_images(vit, tmp_path, ca
     assert not (vit / "ran").exists()
 
 
+def test_it_is_said_that_pictures_are_resized_whole_and_not_cropped(vit, tmp_path, capsys):
+    for file in ("model.safetensors", "config.json"):
+        os.link(vit / file, tmp_path / file)
+    cropping = {**PREPROCESSOR, "size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(cropping))
+    write_pictures(tmp_path / "clean", 3)
+    write_pictures(tmp_path / "eval", 3, start=10)
+    given = {"arch": f"transformers:{tmp_path}", "clean": tmp_path / "clean", "eval": tmp_path / "eval"}
+    options = {"method": "ft", "out": tmp_path / "out", "epochs": 1, "device": "cpu", **given}
+    assert main(["purify", *line(options), "--no-progress"]) == 0
+    said = "images of 16 x 16 (resized whole, not cropped): from"
+    assert said in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert said in found["warnings"][0] and "resized whole" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_what_is_given_wins_over_the_model_s_own(vit, tmp_path, capsys):
     write_pictures(tmp_path / "clean", 3, size=16)
     write_pictures(tmp_path / "eval", 3, start=10, size=16)
@@ -94,6 +112,7 @@ def test_a_folder_s_model_is_transformers_own(vit, tmp_path, capsys):
     [
         ("not json", "config.json can't be read (JSONDecodeError"),
         ("[1]", "it must hold an object; got list"),
+        ('{"x":' * 600 + "1" + "}" * 600, "can't be read (RecursionError"),
         ("[" * 100000, "can't be read (RecursionError"),
         ({**VIT, "model_type": "evil"}, "model_type must be an image classifier of transformers; got 'evil'"),
         ({**VIT, "model_type": "timm_wrapper"}, "must be an image classifier of transformers; got 'timm_wrapper'"),
@@ -101,8 +120,15 @@ def test_a_folder_s_model_is_transformers_own(vit, tmp_path, capsys):
         ({**VIT, "backbone": "somebody/model"}, "models with backbone are not read"),
         ({**VIT, "x": [{"quantization_config": {"quant_method": "evil"}}]}, "with quantization_config are not read"),
         ({**VIT, "hidden_act": "evil"}, "transformers can't make this model ("),
-        ({**VIT, "hidden_size": 10**6, "intermediate_size": 10**6}, "numbers, fewer than the"),
+        ({**VIT, "hidden_size": 60_000, "intermediate_size": 60_000}, "numbers, fewer than the"),
         ({**VIT, "num_hidden_layers": 2}, "numbers, fewer than the"),
+        (
+            {**VIT, "num_labels": 10**9, "id2label": None},
+            "num_labels must be at most 65536; got",
+        ),
+        ({**VIT, "num_hidden_layers": 10**9}, "num_hidden_layers must be at most 64; got"),
+        ({**VIT, "x": [{"depths": [1, 65]}]}, "depths must be at most 64; got 65"),
+        ({**VIT, "x": [1] * 1025}, "x must have at most 1024 values; got 1025"),
         ({**VIT, "hidden_size": 4}, "model.safetensors doesn't fit the model in"),
         ({**VIT, "model_type": "resnet"}, "model.safetensors"),
     ],
@@ -113,6 +139,23 @@ def test_folders_of_no_use_are_one_line(vit, tmp_path, capsys, config, words):
     os.link(vit / "model.safetensors", tmp_path / "model.safetensors")
     given = {"arch": f"transformers:{tmp_path}", "clean": "c.npz", "eval": "e.npz"}
     assert words in refused(capsys, dry(tmp_path, **given))
+
+
+def test_a_config_can_t_ask_for_modules_without_end(vit, monkeypatch):
+    monkeypatch.setattr(transformers_folder, "_LAYERS", frozenset())  # as of a model with a name of its own for them
+    content = {**VIT, "num_hidden_layers": 60_000}
+    limits = transformers_folder.Limits(tensors=20, numbers=10**5)
+    with pytest.raises(ValueError, match="it has more than 1320 modules"):
+        transformers_folder.make(vit / "config.json", content, limits)
+
+
+def test_a_plan_needs_no_weights_but_bounds_the_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**VIT, "num_hidden_layers": 2}))
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert transformers_folder.build(tmp_path).config.num_hidden_layers == 2
+    (tmp_path / "config.json").write_text(json.dumps({**VIT, "num_labels": 10**9, "id2label": None}))
+    with pytest.raises(ValueError, match="num_labels must be at most 1000000"):
+        transformers_folder.build(tmp_path)
 
 
 def test_what_names_no_folder_is_one_line(vit, tmp_path, capsys):
@@ -159,6 +202,17 @@ def test_preprocessing_is_read_as_transformers_means_it(tmp_path, preprocessor, 
         assert wanted is ... or value == wanted
 
 
+def test_a_model_can_t_ask_for_pictures_that_fill_the_memory(vit, tmp_path, capsys):
+    for file in ("model.safetensors", "config.json"):
+        os.link(vit / file, tmp_path / file)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, "size": 60_000}))
+    write_pictures(tmp_path / "clean", 3)
+    write_pictures(tmp_path / "eval", 3, start=10)
+    given = {"arch": f"transformers:{tmp_path}", "clean": tmp_path / "clean", "eval": tmp_path / "eval"}
+    assert "must be of at most 4096 pixels; got 60000: give --size" in refused(capsys, dry(tmp_path, **given))
+    assert main(dry(tmp_path, size=16, **given)) == 0
+
+
 def as_timm(**config):
     """A network that says what timm's say."""
     model = network()
@@ -166,11 +220,12 @@ def as_timm(**config):
     return model
 
 
-def test_models_of_timm_say_how_they_want_their_images(tmp_path, capsys):
+def test_models_of_timm_say_how_they_want_their_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=as_timm))
     save_state_dict(tmp_path / "model.pth", network().state_dict())
     write_pictures(tmp_path / "clean", 6)
     write_pictures(tmp_path / "eval", 3, start=10)
-    given = {"arch": f"{__name__}:as_timm", "weights": tmp_path / "model.pth"}
+    given = {"arch": "timm:create_model", "weights": tmp_path / "model.pth"}
     data = {"clean": tmp_path / "clean", "eval": tmp_path / "eval"}
     assert main(dry(tmp_path, "--json", **given, **data)) == 0
     printed = capsys.readouterr()
@@ -183,8 +238,12 @@ def test_models_of_timm_say_how_they_want_their_images(tmp_path, capsys):
     assert json.loads(printed.out)["images"]["clean"] == [12, 3, 8, 8]
     assert "the images are of 8 pixels, and the model's pretrained_cfg says 12: --size 12 would resize" in printed.err
     model = as_timm(mean=None, input_size=(3, 12, 14))
-    assert preprocessing.of("a", model) == Preprocessing(source="the model's pretrained_cfg")
-    assert preprocessing.of("a", network()) == Preprocessing()
+    assert preprocessing.of("timm.models:a", model) == Preprocessing(source="the model's pretrained_cfg")
+    assert preprocessing.of("timm:a", network()) == Preprocessing()
+    model.default_cfg = as_timm().pretrained_cfg
+    assert preprocessing.of(f"{__name__}:as_timm", model) == preprocessing.of("timm_x:a", model) == Preprocessing()
+    del model.pretrained_cfg
+    assert preprocessing.of("timm:a", model) == Preprocessing()
 
 
 def test_pictures_take_the_size_of_the_arrays_that_they_are_used_with(tmp_path, capsys):

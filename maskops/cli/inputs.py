@@ -125,19 +125,22 @@ def load(arguments: argparse.Namespace, changes: Mapping[str, Any], seed: int) -
     """
     model = models.load(arguments)
     wanted = preprocessing.of(arguments.arch, model) if _may_ask(arguments, changes) else preprocessing.Preprocessing()
+    if arguments.size is None:
+        preprocessing.check_size(wanted)
     changes, taken = dict(changes), []
     if wanted.mean is not None and not {"mean", "std"} & changes.keys():
         changes |= {"mean": wanted.mean, "std": wanted.std}
         taken += [f"{name} {','.join(map(str, changes[name]))}" for name in ("mean", "std")]
     clean, evaluation, size, warnings = _load_data(arguments, wanted.size, seed)
     if arguments.size is None and size is not None and size == wanted.size:
-        taken.append(f"images of {size} x {size}")
+        taken.append(f"images of {size} x {size}" + (" (resized whole, not cropped)" if wanted.cropped else ""))
+    said = f"{', '.join(taken)}: from {printable(wanted.source)}; --mean, --std and --size would overrule it"
     if taken:
-        output.note(f"{', '.join(taken)}: from {printable(wanted.source)}; --mean, --std and --size would overrule it")
+        output.note(said)
     side = clean[0].shape[-1]
     if wanted.size not in (None, side) and arguments.size is None:
-        said = f"the images are of {side} pixels, and {printable(wanted.source)} says {wanted.size}"
-        warnings.append(f"{said}: --size {wanted.size} would resize them")
+        differing = f"the images are of {side} pixels, and {printable(wanted.source)} says {wanted.size}"
+        warnings.append(f"{differing}: --size {wanted.size} would resize them")
     for warning in warnings:
         output.note(f"warning: {warning}")
     _check_channels(clean[0].shape[1], changes)
@@ -146,6 +149,7 @@ def load(arguments: argparse.Namespace, changes: Mapping[str, Any], seed: int) -
     notes |= {"trigger": arguments.trigger and arguments.trigger.text, "size": size, "clean_images": len(clean[1])}
     if taken:
         notes["taken_from"] = wanted.source
+        warnings.append(said)
     return Inputs(arguments, model.to(changes["device"]), clean, evaluation, changes, notes, warnings)
 
 

@@ -14,6 +14,7 @@ from maskops._text import one_line
 from maskops.cli import transformers_folder
 
 _RESCALE = 1 / 255
+_LARGEST = 4096
 
 
 class Preprocessing(NamedTuple):
@@ -22,12 +23,14 @@ class Preprocessing(NamedTuple):
     mean, std: per channel, of pixels in [0, 1]
     size:      height and width
     source:    where it says so
+    cropped:   whether it means the middle of a larger picture
     """
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     size: int | None = None
     source: str = ""
+    cropped: bool = False
 
 
 def of(arch: str, model: nn.Module) -> Preprocessing:
@@ -36,16 +39,24 @@ def of(arch: str, model: nn.Module) -> Preprocessing:
     errors: ValueError, one line that names the file
     """
     folder = transformers_folder.named(arch)
-    if folder is not None:
-        return _of_folder(folder)
-    for name in ("pretrained_cfg", "default_cfg"):
-        found = getattr(model, name, None)
-        if isinstance(found, Mapping) and found:
-            mean, std = (_channels(found.get(which)) for which in ("mean", "std"))
-            together = mean is not None and std is not None
-            size = _square(list(found.get("input_size") or ())[1:])
-            return Preprocessing(*((mean, std) if together else (None, None)), size, f"the model's {name}")
-    return Preprocessing()
+    return _of_timm(arch, model) if folder is None else _of_folder(folder)
+
+
+def check_size(wanted: Preprocessing) -> None:
+    """errors: ValueError, one line, for a size that could fill the memory, unless somebody means it"""
+    if wanted.size is not None and wanted.size > _LARGEST:
+        size = one_line(str(wanted.size))
+        raise ValueError(f"{wanted.source}: images must be of at most {_LARGEST} pixels; got {size}: give --size")
+
+
+def _of_timm(arch: str, model: nn.Module) -> Preprocessing:
+    found = getattr(model, "pretrained_cfg", None)
+    if arch.partition(":")[0].partition(".")[0] != "timm" or not isinstance(found, Mapping):
+        return Preprocessing()  # others may have an attribute of that name too
+    mean, std = (_channels(found.get(which)) for which in ("mean", "std"))
+    together = mean is not None and std is not None
+    size = _square(list(found.get("input_size") or ())[1:])
+    return Preprocessing(*((mean, std) if together else (None, None)), size, "the model's pretrained_cfg")
 
 
 def _of_folder(folder: Path) -> Preprocessing:
@@ -64,12 +75,12 @@ def _of_folder(folder: Path) -> Preprocessing:
         if mean is None or std is None:
             found = {name: content.get(name) for name in ("image_mean", "image_std")}
             raise ValueError(f"{file}: image_mean and image_std must be numbers; got {one_line(json.dumps(found))}")
-    size = None
-    if content.get("do_center_crop"):
+    size, cropped = None, bool(content.get("do_center_crop"))
+    if cropped:
         size = _square(content.get("crop_size"))
     elif content.get("do_resize") is not False:
         size = _square(content.get("size"))
-    return Preprocessing(mean, std, size or _square(config.get("image_size")), str(file))
+    return Preprocessing(mean, std, size or _square(config.get("image_size")), str(file), cropped)
 
 
 def _channels(values: Any) -> tuple[float, ...] | None:

@@ -5,14 +5,16 @@ Only ``config.json`` and ``preprocessor_config.json`` are read, as plain JSON, a
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from maskops._text import one_line
 from maskops.checkpoint import load_state_dict
@@ -39,30 +41,98 @@ def named(arch: str) -> Path | None:
     return None if text.isidentifier() and not Path(text).is_dir() else Path(text)
 
 
+class Limits(NamedTuple):
+    """What a config may ask for, as transformers makes dicts and modules of it without looking at any weights."""
+
+    tensors: int
+    numbers: int
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> Limits:
+        """More than such weights need, and more than small ones do, where it costs nothing."""
+        numbers = sum(tensor.numel() for tensor in weights.values())
+        return cls(max(len(weights), _FEW.tensors), max(numbers, _FEW.numbers))
+
+    @property
+    def modules(self) -> int:
+        return 16 * self.tensors + 1000
+
+    def check(self, file: Path, content: Any, name: str = "") -> None:
+        """errors: ValueError, one line that names the file and the entry"""
+        if isinstance(content, Mapping):
+            for each, value in content.items():
+                self.check(file, value, each)
+        elif isinstance(content, list):
+            most = max(self.tensors, _LONGEST)
+            if len(content) > most:
+                raise ValueError(f"{file}: {one_line(name)} must have at most {most} values; got {len(content)}")
+            for value in content:
+                self.check(file, value, name)
+        elif isinstance(content, int):
+            most = self.tensors if _LAYERS & set(name.split("_")) else self.numbers
+            if abs(content) > most:
+                raise ValueError(f"{file}: {one_line(name)} must be at most {most}; got {one_line(str(content))}")
+
+
+_FEW = Limits(64, 1 << 16)
+_WITHOUT_WEIGHTS = Limits(4096, 10**6)
+_LONGEST = 1024
+_LAYERS = frozenset(("layer", "layers", "depth", "depths", "blocks", "stages", "repeats"))
+"""Words in the names of entries that say how many layers there are."""
+
+
 def build(folder: Path) -> nn.Module:
     """The image classifier that config.json describes, in transformers' own code, with random weights.
 
     errors: ValueError, one line that names the file; ImportError without transformers
     """
     file = folder / "config.json"
+    return make(file, _config(file), _WITHOUT_WEIGHTS)
+
+
+def _config(file: Path) -> dict[str, Any]:
     content = read_json(file)
     refused = sorted({name for name, value in _entries(content) if name in _REFUSED and value})
     if refused:
         raise ValueError(f"{file}: models with {', '.join(refused)} are not read")
+    return content
+
+
+def make(file: Path, content: Mapping[str, Any], limits: Limits) -> nn.Module:
+    """The image classifier that the content of a config.json describes."""
     try:
         from transformers import CONFIG_MAPPING, AutoModelForImageClassification
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     except ImportError as error:
-        raise ImportError(f"{_PREFIX}{folder} needs transformers: pip install maskops[models]") from error
+        raise ImportError(f"{_PREFIX}{file.parent} needs transformers: pip install maskops[models]") from error
     kind = content.get("model_type")
     known = isinstance(kind, str) and kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     if not known or kind == "timm_wrapper":
         raise ValueError(f"{file}: model_type must be an image classifier of transformers; got {one_line(repr(kind))}")
+    wanted = _without_ignored(content)
+    limits.check(file, wanted)
     try:
-        config = CONFIG_MAPPING[kind](**_without_ignored(content))
-        return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        with _at_most(limits.modules):
+            config = CONFIG_MAPPING[kind](**wanted)
+            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     except Exception as error:  # of values that make no sense anything may come
         raise ValueError(f"{file}: transformers can't make this model ({one_line(error)})") from None
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Within, making more modules than that is a ValueError, whatever the config calls their number."""
+    made = itertools.count(1)
+
+    def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        if next(made) > modules:
+            raise ValueError(f"it has more than {modules} modules")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load(folder: Path, weights: str) -> nn.Module:
@@ -70,9 +140,11 @@ def load(folder: Path, weights: str) -> nn.Module:
 
     errors: as build, and CheckpointError; ValueError, one line, for weights that aren't the model's
     """
-    with torch.device("meta"):  # what a config asks for is allocated only where the weights are as large
-        described = build(folder)
+    file = folder / "config.json"
+    content = _config(file)
     found = load_state_dict(weights)
+    with torch.device("meta"):  # what a config asks for is allocated only where the weights are as large
+        described = make(file, content, Limits.of(found))
     needed = sum(parameter.numel() for parameter in described.parameters())
     held = sum(tensor.numel() for tensor in found.values())
     if needed > held:
@@ -116,6 +188,7 @@ def read_json(file: Path) -> dict[str, Any]:
         if len(text) > _MOST:
             raise ValueError(f"it has more than {_MOST} bytes")
         content = json.loads(text)
+        _entries(content)  # what is nested too deeply for this is refused here
         if not isinstance(content, dict):
             raise ValueError(f"it must hold an object; got {type(content).__name__}")
     except (OSError, ValueError, RecursionError) as error:

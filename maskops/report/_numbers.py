@@ -12,7 +12,7 @@ from maskops.backdoor import der
 from maskops.purify import Purification
 from maskops.purify._loop import plain_options
 from maskops.purify.methods import METHODS
-from maskops.report._masks import Distribution, pruned
+from maskops.report._masks import Distribution, pruned, transposed_groups
 from maskops.report._tables import versions
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def content(
     triggers: ``recovered`` and ``real`` where they are known, what they add to images
     """
     options = plain(result.options)
+    transposed = transposed_groups(result.model, result.masks)
     measured = before.asr_excl is not None and after.asr_excl is not None
     found = {
         "warnings": list(notes.get("warnings", ())),
@@ -44,8 +45,8 @@ def content(
         "curves": curves,
         "history": result.history,
         "triggers": {name: _sizes(added) for name, added in triggers.items()},
-        "masks": vars(Distribution.of(result.scores or result.masks)) if result.masks else None,
-        "pruned": None if result.scores is None else pruned(result.masks, result.scores),
+        "masks": vars(Distribution.of(result.scores or result.masks, transposed)) if result.masks else None,
+        "pruned": pruned(result.masks, result.scores, transposed) if result.scores else None,
         "timings": result.timings,
         "execution": result.execution,
         "options": options,

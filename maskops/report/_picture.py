@@ -128,7 +128,7 @@ def _draw_masks(panel: SubFigure, masks: Mapping[str, Tensor], before_pruning: b
 
     title = "Masks: how the values of each layer are distributed" + (", before pruning" if before_pruning else "")
     axes = _axes(panel, title, "mask value (1: weight kept, 0: removed)")
-    found = Distribution.of(masks)
+    found = Distribution.of(masks, {})
     (low, *_, high), shares = found.edges, found.shares()
     drawn = axes.imshow(
         np.ma.masked_equal(shares, 0),

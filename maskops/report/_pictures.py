@@ -11,9 +11,9 @@ from torch import Tensor
 from maskops.report._blocks import folded, section, table
 from maskops.report._charts import Value, heat_map, number
 from maskops.report._markup import Markup, element
-from maskops.report._masks import layer_of, lost
+from maskops.report._masks import channels, layer_of, lost
 from maskops.report._png import data_uri
-from maskops.report._sentences import count
+from maskops.report._sentences import count, kind_of_mask, kinds_of_mask
 
 _TRIGGER_PIXELS, _IMAGE_PIXELS = 128, 96
 _SMALL = 64  # up to this many pixels, each is to be seen
@@ -99,14 +99,15 @@ def _distribution(content: Mapping[str, Any]) -> Markup:
 
 def _channels(content: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Markup:
     cut = content["pruned"] is not None
+    groups = {name: layer.get("transposed_groups") for name, layer in content["masks"]["layers"].items()}
     rows = [
-        (layer_of(name), [_level(each, _LOST) for each in lost(masks[name], _COLUMNS).tolist()])
-        for name in content["masks"]["layers"]
+        (layer_of(name), [_level(each, _LOST) for each in lost(masks[name], _COLUMNS, of).tolist()])
+        for name, of in groups.items()
     ]
     note = "How much of each channel was taken away: 1 minus the mean of its mask."
     if cut:
         note = "How far the mask of each channel fell: 1 minus its mean."
-    if any(len(mask) > _COLUMNS for mask in masks.values()):
+    if any(channels(masks[name].shape, of) > _COLUMNS for name, of in groups.items()):
         note += f" In layers of more than {_COLUMNS} channels a cell is the one of several that lost the most."
     ticks = ((0, "first"), (1, "last"))
     return heat_map("Each channel of each layer", rows, list(_ranges(_LOST)), ticks, "channel", note)
@@ -149,17 +150,19 @@ def pruned_section(content: Mapping[str, Any]) -> Markup | None:
     limits = [f"the largest mask among what was cut is {number(largest)}"] if largest is not None else []
     limits += [f"the smallest among what was kept is {number(least)}"] if least is not None else []
     said = "; ".join(limits if largest is not None else ["nothing was cut", *limits])
-    rows = [(layer_of(name), layer["count"], layer["of"], _which(layer)) for name, layer in layers.items()]
+    granularity, shapes = content["options"].get("granularity"), content["masks"]["layers"]
+    kinds = {name: kind_of_mask(shapes[name], granularity) for name in layers}
+    rows = [(layer_of(name), layer["count"], layer["of"], _which(layer, kinds[name])) for name, layer in layers.items()]
     return section(
-        "Pruned neurons",
+        f"Pruned {kinds_of_mask(content)}",
         element("p", f"{said[:1].upper()}{said[1:]}."),
         table(("layer", "cut", "of", "which"), rows, "What was cut out of each layer"),
     )
 
 
-def _which(layer: Mapping[str, Any]) -> str:
+def _which(layer: Mapping[str, Any], kind: str) -> str:
     neurons = layer.get("neurons")
     if not neurons:
-        return "none" if layer["count"] == 0 else "single weights"
+        return "none" if layer["count"] == 0 else f"single {kind}s"
     more = f" and {len(neurons) - _NAMED_NEURONS} more" if len(neurons) > _NAMED_NEURONS else ""
     return f"no. {', '.join(map(str, neurons[:_NAMED_NEURONS]))}{more}"

@@ -8,7 +8,9 @@ from typing import Any
 
 from maskops.backdoor import removed
 from maskops.purify.methods import METHODS
-from maskops.report._masks import layer_of
+from maskops.report._masks import channels, layer_of
+
+KINDS = ("weight", "kernel", "neuron")
 
 SHARES = {
     "acc": ("ACC", "clean images that are classified rightly"),
@@ -28,14 +30,15 @@ def _done(content: Mapping[str, Any]) -> str:
     name = METHODS[method].title if method in METHODS else method
     images = (content.get("inputs") or {}).get("clean_images")
     source = f" with {images:,} clean images" if isinstance(images, int) else ""
-    if content["pruned"] is not None:
-        cut, of = (sum(layer[key] for layer in content["pruned"]["layers"].values()) for key in ("count", "of"))
-        return f"{name} cut {cut:,} of {count(of, 'neuron')} in {_layers(content['pruned']['layers'])}{source}"
     if content["masks"] is None:
         return f"{name} changed the weights of the model{source}"
     layers = content["masks"]["layers"]
+    kinds = kinds_of_mask(content)
+    if content["pruned"] is not None:
+        cut, of = (sum(layer[key] for layer in content["pruned"]["layers"].values()) for key in ("count", "of"))
+        return f"{name} cut {cut:,} of {count(of, kinds.removesuffix('s'))} in {_layers(layers)}{source}"
     values = sum(sum(layer["counts"]) for layer in layers.values())
-    return f"{name} learned{source} how much to keep of each of {values:,} {kind_of_mask(layers)} in {_layers(layers)}"
+    return f"{name} learned{source} how much to keep of each of {values:,} {kinds} in {_layers(layers)}"
 
 
 def _layers(of: Mapping[str, Any]) -> str:
@@ -50,12 +53,30 @@ def count(number: int, of: str) -> str:
     return f"{number:,} {of}{'' if number == 1 else 's'}"
 
 
-def kind_of_mask(layers: Mapping[str, Mapping[str, Any]]) -> str:
+def kinds_of_mask(content: Mapping[str, Any]) -> str:
     """Weights, kernels or neurons: what each value of the masks belongs to."""
-    shapes = [layer["shape"] for layer in layers.values()]
-    if all(prod(shape) == shape[0] for shape in shapes):
-        return "neurons"
-    return "kernels" if all(prod(shape[2:]) == 1 for shape in shapes) else "weights"
+    granularity = content["options"].get("granularity")
+    kinds = {kind_of_mask(layer, granularity) for layer in content["masks"]["layers"].values()}
+    return " and ".join(f"{kind}s" for kind in KINDS if kind in kinds)
+
+
+def kind_of_mask(layer: Mapping[str, Any], granularity: str | None) -> str:
+    """What each value of one mask belongs to; the shape decides where the granularity isn't known.
+
+    >>> [kind_of_mask({"shape": shape}, None) for shape in ((8,), (8, 1), (8, 4), (8, 4, 1, 1), (8, 4, 3, 3))]
+    ['neuron', 'neuron', 'weight', 'kernel', 'weight']
+    >>> kind_of_mask({"shape": (8, 1, 1, 1)}, "kernel"), kind_of_mask({"shape": (8, 4)}, "kernel")
+    ('kernel', 'weight')
+    """
+    shape = layer["shape"]
+    known = granularity in KINDS
+    if len(shape) == 1 or (not known and prod(shape) == channels(shape, layer.get("transposed_groups"))):
+        return "neuron"
+    if len(shape) == 2:  # a kernel of a linear layer is a weight
+        return "neuron" if granularity == "neuron" else "weight"
+    if known:
+        return granularity
+    return "kernel" if prod(shape[2:]) == 1 else "weight"
 
 
 def _outcome(content: Mapping[str, Any]) -> str:
