@@ -75,6 +75,9 @@ class Team:
     why_eager: str | None = None
     """Why steps can't be recorded as CUDA graphs; None if they can."""
 
+    def begin(self) -> None:
+        """Begin a run, before anything that the processes do together in it."""
+
     def part(self, count: int) -> Part:
         """This process's part of a batch of so many."""
         return Part(count)
@@ -132,6 +135,9 @@ class _Processes(Team):
     def __init__(self, method: str, rank: int, size: int) -> None:
         self._method, self.rank, self.size = method, rank, size
         self._agreed: int | None = None
+
+    def begin(self) -> None:
+        _failures.begin()
 
     def part(self, count: int) -> Part:
         each, more = divmod(count, self.size)
@@ -310,6 +316,9 @@ class _Imagined(_Processes):
 
     It makes all tensors that a process makes; what the others would put into them is nothing.
     """
+
+    def begin(self) -> None:
+        pass
 
     def _check_device(self, device: torch.device) -> None:
         pass
