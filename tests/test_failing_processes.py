@@ -97,6 +97,22 @@ def test_a_connection_that_ends_is_explained_by_what_the_other_process_has_said(
         raise closed
 
 
+class Work:
+    """A sum that waits once, and then ends by an error of the network; it isn't waited for once more."""
+
+    def __init__(self):
+        self.errors = ["Operation timed out!", "[/gloo/gloo/transport/tcp/pair.cc:547] read: Operation timed out"]
+
+    def wait(self, *_):
+        raise RuntimeError(self.errors.pop(0))
+
+
+def test_a_network_that_times_out_is_not_waited_for_again(notes):
+    team = _distributed._Processes("awm", 0, 2)
+    with pytest.raises(_distributed.ProcessError, match=r"is gone \(read: Operation timed out\)"):
+        team._wait(Work(), looks=True)
+
+
 def test_notes_of_a_group_that_is_gone_say_nothing():
     assert _failures.heard() is None
     _failures.leave(2, "it fails")

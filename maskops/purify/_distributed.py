@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -40,6 +41,9 @@ _GONE = re.compile(
 
 _LOOK = 0.5
 """Seconds after which a process that waits for the others looks whether one of them has failed."""
+
+_WAITED = "Operation timed out!"
+"""What torch says where the time of a wait is over; of a connection systems say nearly the same, within more words."""
 
 
 class ProcessError(RuntimeError):
@@ -274,7 +278,7 @@ class _Processes(Team):
                     work.wait(timedelta(seconds=_LOOK))
                     return
                 except RuntimeError as error:
-                    if "Operation timed out" not in str(error):  # which is what this wait alone says of its time
+                    if not str(error).startswith(_WAITED):
                         raise
                 self._raise_if_one_failed()
             work.wait()
@@ -334,23 +338,24 @@ class _Imagined(_Processes):
 
 
 ALONE = Team()
-_imagined: list[int] = []
+_imagined: ContextVar[int | None] = ContextVar("imagined", default=None)
 
 
 @contextmanager
 def imagine(size: int) -> Iterator[None]:
     """Within, a run is that of the first of so many processes, whatever there is; one is a run alone."""
-    _imagined.append(size)
+    token = _imagined.set(size)
     try:
         yield
     finally:
-        _imagined.pop()
+        _imagined.reset(token)
 
 
 def team_of(method: str) -> Team:
     """The processes of torch's default group, if it is there and has more than one."""
-    if _imagined:
-        return _Imagined(method, 0, _imagined[-1]) if _imagined[-1] > 1 else ALONE
+    imagined = _imagined.get()
+    if imagined is not None:
+        return _Imagined(method, 0, imagined) if imagined > 1 else ALONE
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return _Processes(method, dist.get_rank(), dist.get_world_size())
     return ALONE
