@@ -37,6 +37,10 @@ def mask_(
     exact, all else that ``model.load_state_dict(masks, strict=False)`` brings is rounded to the nearest. They are
     buffers without gradients, which ``model.half()`` leaves as they are.
 
+    Loading takes bytes for steps of 1/255 in masks of floats too: bytes of zeros and ones from elsewhere must be made
+    floats first. Layers are loaded one after the other: where masks of bytes refuse a float outside of [0, 1], the
+    layers before have been loaded.
+
     model:       any nn.Module, also one that is a layer itself
     granularity: ``"weight"``, ``"kernel"`` or ``"neuron"``; normalisation layers always have a value per channel
     include:     patterns (as in fnmatch) of layer names, the names of ``model.named_modules()``

@@ -98,6 +98,16 @@ class MaskedLayer:
         for name in self.noise_names:
             self.register_parameter(name, None)
 
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        mask = self._buffers.get(self.mask_name)
+        super()._apply(fn, recurse)
+        if mask is not None:
+            moved = self._buffers[self.mask_name]
+            if torch._has_compatible_shallow_copy_type(mask, moved):  # as for parameters: what is shared stays shared
+                mask.data = moved
+                self._buffers[self.mask_name] = mask
+        return self
+
     def effective_weight(self) -> Tensor:
         """``weight * mask``, or ``weight * (mask + noise)`` when the layer has noise."""
         mask, noise = getattr(self, self.mask_name), getattr(self, self.noise_names[0])

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from itertools import count
 from multiprocessing.process import BaseProcess as Process
@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.counting import count as counted
 from maskops.cli import main
-from maskops.purify import _buckets, _checkpoint, _distributed, sweep
+from maskops.purify import _buckets, _checkpoint, _distributed, _failures, sweep
 from maskops.purify._plan import _first_epoch, _one_step
 from maskops.purify._sweep import ALGORITHMS
 from maskops.purify.methods import METHODS
@@ -271,6 +271,14 @@ def failing(rank: int, name: str, where: int, checkpoint: Path) -> list[Any]:
     found = [_outcome(purify, name, on_epoch=fail), _outcome(purify, name)]
     _before_a_sum(rank, fail, where)
     return [*found, _outcome(purify, name, checkpoint=checkpoint)]
+
+
+def failing_at_the_end(rank: int, name: str) -> list[Any]:
+    """A run that fails in the first process when the other has ended it, and one that doesn't fail."""
+    _failures._PATIENCE = 3 * _distributed._LOOK  # for the other, which waits for the next run and looks
+    with mock.patch("maskops.purify._masks.MaskRun.finish", side_effect=fail) if rank == 0 else nullcontext():
+        first = _outcome(purify, name)
+    return [first, _outcome(purify, name)]
 
 
 def failing_in_parts(rank: int, function: str, where: int) -> Any:

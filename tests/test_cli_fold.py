@@ -56,6 +56,14 @@ def test_every_granularity_and_kind_of_layer_folds(fold, tmp_path, capsys):
     assert torch.equal(found["0.bias"], before["0.bias"])
 
 
+def test_masks_of_bytes_fold_as_steps_of_a_255th(fold, tmp_path):
+    mask = torch.rand(4, 3, 3, 3)
+    save_masks(tmp_path / "masks.safetensors", {"0.mask": mask}, {}, dtype=torch.uint8)
+    assert main(fold()) == 0
+    before, found = (load_state_dict(tmp_path / name)["0.weight"] for name in ("model.pth", "out.pth"))
+    assert torch.equal(found, before * ((255 * mask).round() / 255))
+
+
 def test_layers_that_share_a_weight_share_a_mask(tmp_path, capsys):
     model = tied()
     mask = torch.rand(3, 3, 3, 3)
@@ -96,7 +104,7 @@ MASK = torch.rand(4, 3, 3, 3)
         ({"0.masks": MASK}, {}, "doesn't fit the model: it has no layer for 0.masks"),
         ({"0.mask": MASK[:3]}, {}, "doesn't fit the model: scores of 0 must have one of the shapes"),
         ({"0.mask": MASK * np.nan}, {}, "0.mask must hold finite numbers; got NaN or infinite ones"),
-        ({"0.mask": MASK.round().int()}, {}, "0.mask must hold finite numbers; got torch.int32"),
+        ({"0.mask": MASK.round().int()}, {}, "0.mask must hold floating numbers or bytes; got torch.int32"),
         ({f"{i}.mask": MASK for i in range(10, 20)}, {}, "and 6 more"),
         ({"0.mask": MASK}, {"masks": "model.pth"}, "model.pth is no valid safetensors file"),
         ({"0.mask": MASK}, {"masks": "nothing.safetensors"}, "there is no file"),

@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_distributed import begin, failing, failing_command_line, failing_in_parts, outcomes, purify
+from helpers_distributed import (
+    begin,
+    failing,
+    failing_at_the_end,
+    failing_command_line,
+    failing_in_parts,
+    outcomes,
+    purify,
+)
 from test_distributed import QUICK, assert_same, digits  # noqa: F401
 
 from maskops.purify import _distributed, _failures
@@ -25,6 +33,12 @@ def test_an_error_in_the_middle_of_a_step_ends_all_processes(tmp_path):
     assert_same(whole, expected)  # an error of all leaves the group as it was
     assert last == (("ValueError", "it fails"), ("ProcessError", f"anp: {REASON.format(0)}"))
     assert_same([purify("anp", checkpoint=file, resume=True)], expected)
+
+
+def test_a_run_does_not_hear_why_the_one_before_has_failed(tmp_path):
+    (failed, one), (ended, other) = together(tmp_path / "team", failing_at_the_end, "swm")
+    assert failed == ("ValueError", "it fails")
+    assert_same([ended, one, other], purify("swm"))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +75,6 @@ def notes(monkeypatch):
     monkeypatch.setattr(_failures, "_notes", lambda: store)
     monkeypatch.setattr(_failures, "_PATIENCE", 0.1)
     monkeypatch.setattr(_distributed, "_LOOK", 0.01)
-    monkeypatch.setattr(_failures, "_ended", [0])
     return store
 
 
@@ -82,6 +95,22 @@ def test_a_connection_that_ends_is_explained_by_what_the_other_process_has_said(
     _failures.leave(2, "process 1 has failed: it fails")
     with pytest.raises(_distributed.ProcessError, match=r"^awm: process 1 has failed: it fails"), team._others_there():
         raise closed
+
+
+class Work:
+    """A sum that waits once, and then ends by an error of the network; it isn't waited for once more."""
+
+    def __init__(self):
+        self.errors = ["Operation timed out!", "[/gloo/gloo/transport/tcp/pair.cc:547] read: Operation timed out"]
+
+    def wait(self, *_):
+        raise RuntimeError(self.errors.pop(0))
+
+
+def test_a_network_that_times_out_is_not_waited_for_again(notes):
+    team = _distributed._Processes("awm", 0, 2)
+    with pytest.raises(_distributed.ProcessError, match=r"is gone \(read: Operation timed out\)"):
+        team._wait(Work(), looks=True)
 
 
 def test_notes_of_a_group_that_is_gone_say_nothing():

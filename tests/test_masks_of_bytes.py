@@ -124,6 +124,11 @@ def test_layers_that_share_a_weight_share_their_bytes():
     model[1].weight = model[0].weight
     mask_(model, layers="linear", dtype=torch.uint8)
     assert list(masks(model)) == ["0.mask"] and model[1].mask is model[0].mask
+    model._apply(torch.clone)  # as when the model is moved to another device
+    assert model[1].mask is model[0].mask and model[1].weight is model[0].weight
+    model.load_state_dict({"0.mask": torch.zeros(4, 4, dtype=torch.uint8)}, strict=False)
+    assert not model[1].mask.any()
+    assert copy.deepcopy(model).to("meta")[1].mask.is_meta
     assert fold_(model)[1].weight is model[0].weight
 
 

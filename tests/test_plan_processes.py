@@ -1,5 +1,7 @@
 """What a plan says of one of several processes, and what they then need."""
 
+from threading import Thread
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -82,6 +84,15 @@ def test_what_a_plan_is_of_does_not_depend_on_a_group_that_is_there(tmp_path):
             assert team_of("awm") is ALONE
     finally:
         dist.destroy_process_group()
+
+
+def test_a_plan_leaves_the_runs_of_other_threads_alone():
+    found = []
+    with imagine(3):
+        thread = Thread(target=lambda: found.append(team_of("awm")))
+        thread.start()
+        thread.join()
+    assert found == [ALONE] and team_of("awm") is ALONE
 
 
 def test_the_command_line_plans_several_processes(capsys):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from maskops.purify import prune
+from maskops.purify._pruning import apply_masks
 
 
 def test_pruning_takes_the_smallest_scores_of_all_layers():
@@ -45,6 +46,15 @@ def test_tied_weights_are_pruned_together():
     model[2].weight = model[0].weight
     pruned = prune(model, {"0.mask": torch.tensor([[0.0], [1.0]])}, threshold=0.5)
     assert pruned[0].weight is pruned[2].weight and not pruned[0].weight[0].any() and pruned[0].weight[1].any()
+
+
+def test_scores_of_bytes_are_steps_of_a_255th():
+    model = nn.Sequential(nn.Linear(2, 3))
+    scores = {"0.mask": torch.tensor([[51], [26], [255]], dtype=torch.uint8)}
+    pruned = prune(model, scores, threshold=0.2)
+    assert [int(not row.any()) for row in pruned[0].weight] == [1, 1, 0]
+    assert torch.equal(pruned[0].weight[2], model[0].weight[2])
+    assert torch.equal(apply_masks(model, scores)[0].weight, model[0].weight * (scores["0.mask"].float() / 255))
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,10 @@ def _folded(model: nn.Module, values: Mapping[str, Tensor], file: str) -> nn.Mod
     if unknown:
         raise ValueError(f"{file} doesn't fit the model: {models.listed('it has no layer for', unknown)}")
     for name, mask in values.items():
-        if not mask.is_floating_point() or not bool(torch.isfinite(mask).all()):
-            found = "NaN or infinite ones" if mask.is_floating_point() else mask.dtype
-            raise ValueError(f"{file}: {name} must hold finite numbers; got {found}")
+        if not mask.is_floating_point() and mask.dtype != torch.uint8:
+            raise ValueError(f"{file}: {name} must hold floating numbers or bytes; got {mask.dtype}")
+        if not bool(torch.isfinite(mask).all()):
+            raise ValueError(f"{file}: {name} must hold finite numbers; got NaN or infinite ones")
     try:
         return apply_masks(model, values)
     except (TypeError, ValueError) as error:

@@ -46,6 +46,7 @@ class Algorithm:
     ) -> None:
         self.on_epoch = on_epoch
         team = team_of(self.method)
+        team.begin()
         with team.all_or_none():
             self.options, self._setting = settle(self.method, self.presets, preset, options)
         shard = getattr(self.options, "shard", False)

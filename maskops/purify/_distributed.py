@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -41,6 +42,9 @@ _GONE = re.compile(
 _LOOK = 0.5
 """Seconds after which a process that waits for the others looks whether one of them has failed."""
 
+_WAITED = "Operation timed out!"
+"""What torch says where the time of a wait is over; of a connection systems say nearly the same, within more words."""
+
 
 class ProcessError(RuntimeError):
     """Another process of the run has failed, and with it this one."""
@@ -74,6 +78,9 @@ class Team:
     rank, size = 0, 1
     why_eager: str | None = None
     """Why steps can't be recorded as CUDA graphs; None if they can."""
+
+    def begin(self) -> None:
+        """Begin a run, before anything that the processes do together in it."""
 
     def part(self, count: int) -> Part:
         """This process's part of a batch of so many."""
@@ -132,6 +139,9 @@ class _Processes(Team):
     def __init__(self, method: str, rank: int, size: int) -> None:
         self._method, self.rank, self.size = method, rank, size
         self._agreed: int | None = None
+
+    def begin(self) -> None:
+        _failures.begin()
 
     def part(self, count: int) -> Part:
         each, more = divmod(count, self.size)
@@ -268,7 +278,7 @@ class _Processes(Team):
                     work.wait(timedelta(seconds=_LOOK))
                     return
                 except RuntimeError as error:
-                    if "Operation timed out" not in str(error):  # which is what this wait alone says of its time
+                    if not str(error).startswith(_WAITED):
                         raise
                 self._raise_if_one_failed()
             work.wait()
@@ -311,6 +321,9 @@ class _Imagined(_Processes):
     It makes all tensors that a process makes; what the others would put into them is nothing.
     """
 
+    def begin(self) -> None:
+        pass
+
     def _check_device(self, device: torch.device) -> None:
         pass
 
@@ -325,23 +338,24 @@ class _Imagined(_Processes):
 
 
 ALONE = Team()
-_imagined: list[int] = []
+_imagined: ContextVar[int | None] = ContextVar("imagined", default=None)
 
 
 @contextmanager
 def imagine(size: int) -> Iterator[None]:
     """Within, a run is that of the first of so many processes, whatever there is; one is a run alone."""
-    _imagined.append(size)
+    token = _imagined.set(size)
     try:
         yield
     finally:
-        _imagined.pop()
+        _imagined.reset(token)
 
 
 def team_of(method: str) -> Team:
     """The processes of torch's default group, if it is there and has more than one."""
-    if _imagined:
-        return _Imagined(method, 0, _imagined[-1]) if _imagined[-1] > 1 else ALONE
+    imagined = _imagined.get()
+    if imagined is not None:
+        return _Imagined(method, 0, imagined) if imagined > 1 else ALONE
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return _Processes(method, dist.get_rank(), dist.get_world_size())
     return ALONE

@@ -61,7 +61,7 @@ def prune(
     """A copy of the original model without the neurons of the smallest scores; the biases stay.
 
     model:   what was purified, with its original weights; it isn't changed
-    scores:  ``scores`` of a :class:`Purification` of that model
+    scores:  ``scores`` of a :class:`Purification` of that model; bytes are steps of 1/255
     threshold, number, fraction: which neurons to prune: every score at most the threshold, that many of the smallest
              over all layers, or that fraction
     errors:  ValueError for scores that aren't of the model's masks, and unless exactly one of the three is given
@@ -70,15 +70,17 @@ def prune(
     >>> prune(model, {"1.mask": torch.tensor([[0.1], [0.9]])}, number=1)[1].weight.any(1)
     tensor([False,  True])
     """
-    values = kept(scores, threshold=threshold, number=number, fraction=fraction)
+    values = kept(_floating(scores), threshold=threshold, number=number, fraction=fraction)
     return apply_masks(model, values)
 
 
 def apply_masks(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a plain model with masks, by names such as ``"conv1.mask"``, folded into its weights.
 
+    values: floats, or bytes in steps of 1/255
     errors: ValueError for names and shapes that are none of the model's masks
     """
+    values = _floating(values)
     masked = copy.deepcopy(model)
     layers = dict(masked.named_modules())
     weights = [getattr(layers.get(name.rpartition(".")[0]), "weight", None) for name in values]
@@ -96,6 +98,10 @@ def apply_masks(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
             raise ValueError(f"prune: scores of {name} must have one of the shapes {shapes}; got {tuple(mask.shape)}")
         setattr(layer, layer.mask_name, mask)
     return fold_(masked)
+
+
+def _floating(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() / 255 if value.dtype == torch.uint8 else value for name, value in values.items()}
 
 
 def threshold_within(
